@@ -1,0 +1,65 @@
+# `make test` from a fresh clone: makes the environment once, then runs every check.
+# What is installed is listed in settings.ini. Where it comes from is pip's own configuration
+# (for example PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS, to take torch without CUDA).
+
+VENV ?= .venv
+PYTHON ?= python3
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.distill_nb
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+# One value of settings.ini, on one line.
+setting = $$($(BIN)/python -c 'import configparser as c; p = c.ConfigParser(); p.read("settings.ini"); print(*p["DEFAULT"]["$(1)"].split())')
+
+# Notebooks and tests call `distill-nb` by name.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env quickstart test export clean-notebooks readme wheel distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
+
+env: $(STAMP)  ## make the environment in VENV (.venv), or bring it up to date with settings.ini
+
+# An environment that is already there is kept: pip adds what is missing.
+$(STAMP): settings.ini setup.py
+	@echo "Installing into $(VENV): some minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if nvidia-smi >/dev/null 2>&1; then \
+	  $(PIP) --editable '.[gpu,dev]'; \
+	else \
+	  $(PIP) $(call setting,cpu_torch) && \
+	  $(PIP) --editable '.[dev]' && \
+	  $(PIP) --no-deps $(call setting,cpu_unsloth); \
+	fi
+	touch $@
+
+quickstart: $(STAMP)  ## distil a small model on this machine, from nbs/recipes/quickstart.yaml
+	$(BIN)/distill-nb run quickstart
+
+# One worker, because two notebooks with torch do not fit on a small machine. Offline, because a test that needs
+# the network is not a test of this code. tests/test_house.py checks exports, README and clean notebooks.
+test: export HF_HUB_OFFLINE := 1
+test: $(STAMP)  ## run every notebook, then tests/
+	$(BIN)/nbdev_test --n_workers 1 --do_print
+	$(BIN)/python -m pytest tests
+
+export: $(STAMP)  ## notebooks -> distill_nb/
+	$(BIN)/nbdev_export
+
+clean-notebooks: $(STAMP)  ## strip from the notebooks what does not belong in git
+	$(BIN)/nbdev_clean
+
+readme: $(STAMP)  ## nbs/index.ipynb -> README.md
+	$(BIN)/python nbs/render_readme.py
+
+wheel: $(STAMP)  ## build dist/*.whl
+	rm -rf build
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+distclean:  ## delete the environment and all that was built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
