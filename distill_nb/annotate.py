@@ -22,6 +22,7 @@ from .models import *
 class AnnotateParams(StageParams):
     "What annotation takes"
     keeps = ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm")
+    answered = False
     out: str = Field("runs/adhoc/annotate", description="folder that this stage writes into")
     teacher: ModelRef = ModelSpec(name="smollm2-135m-instruct")
     data: DataRef = DataSpec(path="quickstart", group="topic", samples=24, validation=1, test=1)
@@ -35,6 +36,11 @@ class AnnotateParams(StageParams):
     seed: int = 42
 
     def makes(self): return ("data",)
+
+    def estimate(self, plan, rows, origin):
+        need = inference_memory(model_config(origin(self.teacher)), plan, self.batch_size, 128 + self.max_new_tokens, self.quantize)
+        return {"model": f"teacher {self.teacher}", "parameters": need["parameters"], "dtype": self.quantize or plan.dtype, "peak": need["peak"],
+                "tokens": sum(rows.values()) * self.max_new_tokens, "price": "none, the teacher is local"}
 
 Params = AnnotateParams
 

@@ -155,9 +155,12 @@ DataRef = Annotated[str|DataSpec, Ref("data")]
 class StageParams(Strict):
     "What every stage takes; a stage adds its own, and says what it makes"
     keeps: ClassVar[tuple[str, ...]] = ()  # files that outlive a change of parameters, as a journal of paid answers
+    answered: ClassVar[bool] = True        # whether its rows must come with answers
     out: str = Field("", description="folder that the stage writes into")
 
     def makes(self)->tuple[str, ...]: return ()
+
+    def estimate(self, plan, rows:dict[str, int], origin)->dict: return {}  # for a plan: model, parameters, trainable, dtype, peak, tokens, price, note
 
     @classmethod
     def from_cell(cls, names:dict)->"StageParams":

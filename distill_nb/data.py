@@ -239,9 +239,10 @@ def load_split(
     data:DataSpec|str|dict, # as for `load_splits`
     split:str, # train, validation or test
     answered:bool=True, # whether every conversation must end with an answer
+    task:str="chat", # a name in `TASKS`
 )->list[dict]: # conversations
     "Load one split. Raises `DistillError` where it is empty, or a row has no answer"
-    rows = load_splits(data)[0][split]
+    rows = load_splits(data, task)[0][split]
     name = data if isinstance(data, str) else DataSpec.model_validate(data).path
     if not rows: raise DistillError(f"{name}: the {split} split is empty")
     for r in rows if answered else ():

@@ -7,7 +7,7 @@ __all__ = ['Metric', 'Params', 'RANGES', 'EvaluateParams', 'words', 'Statistic',
            'hub_metric', 'rouge_statistic', 'normalize_answer', 'exact_match', 'token_f1', 'perplexity_statistic',
            'statistics', 'resample', 'bootstrap', 'paired', 'score', 'compare', 'load_test_rows', 'answers_key',
            'greedy_answers', 'predict', 'prediction_rows', 'number_text', 'interval_text', 'metrics_frame',
-           'side_by_side_frame']
+           'group_answers', 'side_by_side_frame']
 
 # %% ../nbs/09_evaluate.ipynb #c005
 import math, os, string, time, unicodedata
@@ -22,8 +22,8 @@ from pydantic import Field, field_validator
 
 from .core import *
 from .data import data_files, load_split, prompt_and_answer
-from .hardware import count_parameters, plan_hardware
-from .models import completion_nll, free, generate_batches, load_model
+from .hardware import count_parameters, inference_memory, plan_hardware
+from .models import completion_nll, free, generate_batches, load_model, model_config
 
 # %% ../nbs/09_evaluate.ipynb #c008
 Metric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "f1", "perplexity"]
@@ -39,6 +39,7 @@ class EvaluateParams(StageParams):
     samples: int|None = Field(4, ge=1, description="rows of the test split that are used, from its top; none: all")
     max_new_tokens: int = Field(16, ge=1, description="longest answer, in tokens")
     batch_size: int = Field(32, ge=1, description="rows generated together")
+    quantize: Literal["4bit"]|None = Field(None, description="load every model in NF4")
     resamples: int = Field(1000, ge=100, description="bootstrap resamples behind each interval")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
     side_by_side: int = Field(5, ge=0, description="rows shown with every model's answer")
@@ -46,6 +47,12 @@ class EvaluateParams(StageParams):
     seed: int = Field(42, ge=0, description="of the bootstrap")
 
     def makes(self)->tuple[str, ...]: return ("metrics",)
+
+    def estimate(self, plan, rows, origin):
+        needs = {n: inference_memory(model_config(origin(m)), plan, self.batch_size, 128 + self.max_new_tokens, self.quantize) for n, m in self.models.items()}
+        largest = max(needs, key=lambda n: needs[n]["peak"])
+        return {"model": f"largest is {largest}, {origin(self.models[largest])}", "dtype": self.quantize or plan.dtype, **needs[largest],
+                "note": f"{min(rows.get('test', 0), self.samples or 10**9)} test rows, {len(self.models)} models, one at a time"}
 
     @field_validator("models")
     @classmethod
@@ -278,11 +285,12 @@ def answers_key(
     spec:ModelSpec, # the model
     rows:list[dict], # what is asked
     max_new_tokens:int, # longest answer
+    quantize:str|None=None, # how the model is loaded
 )->str: # a digest
     "What saved answers depend on"
     folder = Path(spec.name)
     weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in list_files(folder) if p.suffix in (".safetensors", ".gguf")] if folder.is_dir() else []
-    return digest([spec.model_dump(), weights, rows, max_new_tokens])
+    return digest([spec.model_dump(), weights, rows, max_new_tokens, quantize])
 
 # %% ../nbs/09_evaluate.ipynb #c055
 def greedy_answers(
@@ -313,15 +321,16 @@ def predict(
     max_new_tokens:int=256, # longest answer
     batch_size:int=32, # rows together
     nll:bool=False, # whether the references' likelihood is wanted too, for perplexity
+    quantize:str|None=None, # `4bit` or none
 )->dict: # answers (a row each), nll (or None), parameters
     "One model's answers, greedily decoded, or the saved ones where they belong to the same question"
-    said, about, key = Path(folder)/f"{name}.jsonl", Path(folder)/f"{name}.json", answers_key(spec, rows, max_new_tokens)
+    said, about, key = Path(folder)/f"{name}.jsonl", Path(folder)/f"{name}.json", answers_key(spec, rows, max_new_tokens, quantize)
     saved = read_json(about) if about.exists() and said.exists() else {}
     if saved.get("key") == key and (saved["nll"] or not nll):
         print(f"{name}: {len(rows)} answers, kept from an earlier run", flush=True)
         return saved | {"answers": read_jsonl(said)}
     about.unlink(missing_ok=True)  # it vouches for the answers, so it goes first and comes last
-    model, tokenizer = load_model(spec)
+    model, tokenizer = load_model(spec, quantize=quantize)
     answers = greedy_answers(name, model, tokenizer, rows, max_new_tokens, batch_size)
     write_jsonl(said, [{"id": r["id"], "prediction": a["text"], "tokens": a["tokens"], "finish_reason": a["finish_reason"]} for r, a in zip(rows, answers)])
     write_json(about, {"key": key, "parameters": count_parameters(model), "nll": completion_nll(model, tokenizer, rows, batch_size) if nll else None})
@@ -366,13 +375,21 @@ def metrics_frame(
                          for model, of in metrics.items() if model != "paired"}).T
 
 # %% ../nbs/09_evaluate.ipynb #c064
+def group_answers(
+    predictions:list[dict], # rows of `predictions.jsonl`
+    count:int=5, # how many rows of the test split
+)->list[dict]: # id, prompt, reference, answers (model: text)
+    "What every model answered to the same rows"
+    rows = {}
+    for p in predictions:
+        rows.setdefault(p["id"], {"id": p["id"], "prompt": p["prompt"], "reference": p["reference"], "answers": {}})["answers"][p["model"]] = p["prediction"]
+    return list(rows.values())[:count]
+
 def side_by_side_frame(
     predictions:list[dict], # rows of `predictions.jsonl`
     count:int=5, # how many rows of the test split
 )->"pandas.DataFrame": # a row each; columns: prompt, reference, and a model each
-    "What every model answered to the same rows"
+    "Answers beside each other"
     import pandas as pd
-    shown = {}
-    for p in predictions:
-        shown.setdefault(p["id"], {"prompt": p["prompt"], "reference": p["reference"]})[p["model"]] = p["prediction"]
-    return pd.DataFrame.from_dict(dict(list(shown.items())[:count]), orient="index")
+    rows = group_answers(predictions, count)
+    return pd.DataFrame([{"prompt": r["prompt"], "reference": r["reference"]} | r["answers"] for r in rows], index=[r["id"] for r in rows])

@@ -141,14 +141,15 @@ def check_model(
     spec:ModelSpec, # which model
 ):
     "Find out, without loading it, whether a model can be had with its weights. Raises `DistillError` where it cannot"
-    if spec.name in PYPI_MODELS: return model_config(spec)
-    config = model_config(spec)
-    if Path(spec.name).exists(): return config
+    if spec.name in PYPI_MODELS:
+        if spec.layers: even_layers(PYPI_MODELS[spec.name]["config"]["num_hidden_layers"], spec.layers)
+        return
+    model_config(spec)
+    if Path(spec.name).exists(): return
     from huggingface_hub import constants, try_to_load_from_cache
     if constants.HF_HUB_OFFLINE:
         cached = [try_to_load_from_cache(spec.name, f, revision=spec.revision) for f in ("model.safetensors", "model.safetensors.index.json")]
         if not any(isinstance(c, str) for c in cached): raise DistillError(f"{spec.name}: its weights are not in the hub's cache, and HF_HUB_OFFLINE is set")
-    return config
 
 # %% ../nbs/03_models.ipynb #c020
 def even_layers(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Params', 'STYLE', 'RESULTS_HTML', 'ANSWERS_HTML', 'TABLE_HTML', 'PAGE_HTML', 'ReportParams', 'hide_paths',
-           'read_stages', 'group_answers', 'read_evaluation', 'collect', 'build_report', 'align', 'count_text',
-           'table_cells', 'table_notes', 'paired_cells', 'render_table', 'plain', 'facts', 'benchmark_cells',
-           'render_text', 'md_table', 'md_block', 'stage_cells', 'time_text', 'render_markdown', 'svg', 'bare_axes',
-           'plot_intervals', 'plot_loss', 'page_evaluation', 'render_html', 'write_report']
+           'read_stages', 'read_evaluation', 'collect', 'build_report', 'align', 'count_text', 'table_cells',
+           'table_notes', 'paired_cells', 'render_table', 'plain', 'facts', 'benchmark_cells', 'render_text',
+           'md_table', 'md_block', 'stage_cells', 'time_text', 'render_markdown', 'svg', 'bare_axes', 'plot_intervals',
+           'plot_loss', 'page_evaluation', 'render_html', 'write_report']
 
 # %% ../nbs/11_report.ipynb #c005
 import datetime, html, re, warnings
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from .core import *
-from .evaluate import RANGES, interval_text, number_text
+from .evaluate import RANGES, group_answers, interval_text
 
 # %% ../nbs/11_report.ipynb #c007
 class ReportParams(StageParams):
@@ -60,16 +60,6 @@ def read_stages(
     return stages
 
 # %% ../nbs/11_report.ipynb #c019
-def group_answers(
-    predictions:list[dict], # rows of `predictions.jsonl`
-    count:int, # how many test rows
-)->list[dict]: # id, prompt, reference, answers (model: text)
-    "What every model answered to the same rows"
-    rows = {}
-    for p in predictions:
-        rows.setdefault(p["id"], {"id": p["id"], "prompt": p["prompt"], "reference": p["reference"], "answers": {}})["answers"][p["model"]] = p["prediction"]
-    return list(rows.values())[:count]
-
 def read_evaluation(
     run_dir:Path, # a run directory
     stage:dict, # one of `read_stages` that left a metrics.json
@@ -398,7 +388,7 @@ PAGE_HTML = """{% from "table.html" import table %}<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{{ r.title }}</title><style>{{ style }}</style></head><body>
-<header><h1>{{ r.title }}</h1><p class="dim">run {{ r.run }}, reported {{ r.made[:10] }}; {{ r.stages | length }} stages, {{ total }} in all</p></header>
+<header><h1>{{ r.title }}</h1><p class="dim">run {{ r.run }}, reported {{ r.made[:10] }}; {{ r.stages | length }} stage{{ 's' if r.stages | length != 1 }}, {{ total }} in all</p></header>
 <main>
 {% for e in evaluations %}<h2>Results{% if evaluations | length > 1 %}: {{ e.stage }}{% endif %}</h2>{% include "results.html" %}{% endfor %}
 {% if r.benchmark %}<h2>Cost</h2>{{ table(*cost) }}{% endif %}
