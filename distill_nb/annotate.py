@@ -24,14 +24,14 @@ class AnnotateParams(StageParams):
     keeps = ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm")
     answered = False
     out: str = Field("runs/adhoc/annotate", description="folder that this stage writes into")
-    teacher: ModelRef = ModelSpec(name="smollm2-135m-instruct")
-    data: DataRef = DataSpec(path="quickstart", group="topic", samples=24, validation=1, test=1)
+    teacher: ModelRef
+    data: DataRef
     task: Literal["chat", "qa"] = "chat"
     system: str = ""
-    max_new_tokens: int = Field(24, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(0.0, ge=0)
     cut_off: Literal["trim", "keep", "drop"] = "trim"
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(32, ge=1)
     quantize: Literal["4bit"]|None = None
     seed: int = 42
 
@@ -105,7 +105,7 @@ def ask(
     sampling = {"max_new_tokens": params.max_new_tokens, "temperature": params.temperature, "quantize": params.quantize} | ({"seed": params.seed} if params.temperature else {})
     keys = [call_key(identity, q, sampling) for q in questions]
     wanted = {k: q for k, q in zip(keys, questions) if journal.get(k) is None}
-    if len(wanted) < len(set(keys)): print(f"teacher: {len(set(keys)) - len(wanted)} of {len(set(keys))} answers are in the journal already", flush=True)
+    if len(wanted) < len(set(keys)): log(f"teacher: {len(set(keys)) - len(wanted)} of {len(set(keys))} answers are in the journal already")
     if wanted: answer_all(params, wanted, journal)
     return [journal.get(k) for k in keys]
 
@@ -122,7 +122,7 @@ def answer_all(
     for batch, answers in generate_batches(model, tokenizer, list(wanted.values()), params.max_new_tokens, params.batch_size, params.temperature):
         journal.put({keys[i]: a for i, a in zip(batch, answers)})
         done, tokens = done + len(batch), tokens + sum(a["tokens"] for a in answers)
-        print(f"teacher: {done} of {len(wanted)} answers, {tokens/(time.time() - start):.0f} tokens/s", flush=True)
+        log(f"teacher: {done} of {len(wanted)} answers, {tokens/(time.time() - start):.0f} tokens/s")
     free(model)
 
 # %% ../nbs/04_annotate.ipynb #c019

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['READERS', 'ALIASES', 'TASKS', 'ROLES', 'SPLITS', 'PLAIN_TEMPLATE', 'read_csv', 'read_parquet', 'read_hub',
            'shipped_rows', 'find_file', 'read_rows', 'pick', 'find_columns', 'text_at', 'check_messages',
-           'build_messages', 'to_conversations', 'group_of', 'hash_order', 'split_rows', 'load_splits', 'load_split',
-           'data_files', 'ensure_template', 'render_prompt', 'prompt_and_answer', 'prompt_completion']
+           'build_messages', 'to_conversations', 'group_of', 'hash_order', 'split_rows', 'load_splits', 'check_split',
+           'load_split', 'data_files', 'ensure_template', 'render_prompt', 'prompt_and_answer', 'prompt_completion']
 
 # %% ../nbs/02_data.ipynb #c003
-import csv, os
+import csv, json, os
 from collections import Counter
 from pathlib import Path
 
@@ -162,9 +162,10 @@ def to_conversations(
     rows:list[dict], # rows as read
     columns:dict[str, str], # from `find_columns`
     where:str, # the file, for errors
+    group:str|None=None, # a column that is kept in `meta` whatever it is used for
 )->tuple[list[dict], dict[str, int]]: # rows in the contract's form, and how many were dropped, by reason
     "Turn rows into conversations with unique ids"
-    kept, dropped, used = {}, Counter(), {c.split(".")[0] for c in columns.values()}
+    kept, dropped, used = {}, Counter(), {c.split(".")[0] for c in columns.values()} - {group}
     for n, row in enumerate(rows, 1):
         place = f"{where}, row {n}"
         messages = build_messages(row, columns, place)
@@ -176,6 +177,8 @@ def to_conversations(
         if key in kept: dropped["duplicate"] += 1; continue
         meta = row["meta"] if isinstance(row.get("meta"), dict) else {k: v for k, v in row.items() if k not in used}
         kept[key] = {"id": key, "messages": messages, "meta": meta}
+        try: json.dumps(kept[key], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as e: raise DistillError(f"{place}: holds half a character ({e.object[e.start]!r}), which no file can keep; repair the row") from None
     if not kept: raise DistillError(f"{where}: no row with a prompt is left ({dict(dropped)})")
     return list(kept.values()), dict(dropped)
 
@@ -186,7 +189,7 @@ def group_of(
 )->str: # the row's own id where there is no group
     "What must not be torn apart"
     if group is None: return row["id"]
-    if row["meta"].get(group) is None: raise DistillError(f"row {row['id']}: group column {group!r} is missing (it has {', '.join(row['meta']) or 'no other columns'})")
+    if row["meta"].get(group) is None: raise DistillError(f"row {row['id']}: group column {group!r} is missing or empty (the other columns: {', '.join(row['meta']) or 'none'})")
     return str(row["meta"][group])
 
 def hash_order(
@@ -231,23 +234,28 @@ def load_splits(
         return {s: read(f) if f.exists() else [] for s, f in files.items()}, {}
     spec = DataSpec(path=data) if isinstance(data, str) else DataSpec.model_validate(data)
     raw = read_rows(spec)
-    rows, dropped = to_conversations(raw, find_columns(raw, spec.columns, task, spec.path), spec.path)
+    rows, dropped = to_conversations(raw, find_columns(raw, spec.columns, task, spec.path), spec.path, spec.group)
     try: return split_rows(rows, spec), dropped
     except DistillError as e: raise DistillError(f"{spec.path}: {str(e).removeprefix(spec.path + ': ')}") from None
+
+def check_split(
+    splits:dict[str, list[dict]], # from `load_splits`
+    split:str, # train, validation or test
+    name:str, # of the data, for the error
+    answered:bool=True, # whether every conversation must end with an answer
+)->list[dict]: # the split's conversations
+    "See that a split can be used. Raises `DistillError` where it is empty, or a row has no answer"
+    if not splits[split]: raise DistillError(f"{name}: the {split} split is empty")
+    for r in splits[split] if answered else ():
+        if r["messages"][-1]["role"] != "assistant": raise DistillError(f"{name}: row {r['id']} has no answer: annotate it first, or map a column with columns: {{response: ...}}")
+    return splits[split]
 
 def load_split(
     data:DataSpec|str|dict, # as for `load_splits`
     split:str, # train, validation or test
-    answered:bool=True, # whether every conversation must end with an answer
-    task:str="chat", # a name in `TASKS`
-)->list[dict]: # conversations
-    "Load one split. Raises `DistillError` where it is empty, or a row has no answer"
-    rows = load_splits(data, task)[0][split]
-    name = data if isinstance(data, str) else DataSpec.model_validate(data).path
-    if not rows: raise DistillError(f"{name}: the {split} split is empty")
-    for r in rows if answered else ():
-        if r["messages"][-1]["role"] != "assistant": raise DistillError(f"{name}: row {r['id']} has no answer: annotate it first, or map a column with columns: {{response: ...}}")
-    return rows
+)->list[dict]: # conversations that end with an answer
+    "Load one split to learn from or to be tested on. Raises `DistillError` where it is empty, or a row has no answer"
+    return check_split(load_splits(data)[0], split, DataSpec.model_validate(data).path)
 
 def data_files(
     data:DataSpec|str|dict, # as for `load_splits`

@@ -31,13 +31,13 @@ Metric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "f
 class EvaluateParams(StageParams):
     "Which models answer which rows, and how the answers are scored"
     keeps: ClassVar[tuple[str, ...]] = ("predictions",)
+    reads: ClassVar[tuple[str, ...]] = ("test",)
     out: str = Field("runs/adhoc/evaluate", description="folder that the stage writes into")
-    models: dict[str, ModelRef] = Field({"student": ModelSpec(name="smollm2-135m-instruct", layers=6), "teacher": ModelSpec(name="smollm2-135m-instruct")},
-                                        min_length=1, description="name in the tables: model")
-    data: DataRef = Field("sample", description="where the test rows come from")
+    models: dict[str, ModelRef] = Field(min_length=1, description="name in the tables: model")
+    data: DataRef = Field(description="where the test rows come from")
     metrics: list[Metric] = Field(["bleu", "rougeL", "perplexity"], min_length=1, description="what is computed")
-    samples: int|None = Field(4, ge=1, description="rows of the test split that are used, from its top; none: all")
-    max_new_tokens: int = Field(16, ge=1, description="longest answer, in tokens")
+    samples: int|None = Field(None, ge=1, description="rows of the test split that are used, from its top; none: all")
+    max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
     batch_size: int = Field(32, ge=1, description="rows generated together")
     quantize: Literal["4bit"]|None = Field(None, description="load every model in NF4")
     resamples: int = Field(1000, ge=100, description="bootstrap resamples behind each interval")
@@ -119,7 +119,7 @@ def hub_metric(
     import evaluate
     try: return evaluate.load(name)
     except Exception as e:  # unreachable and unknown look alike, and raise the classes of four libraries
-        print(f"evaluate: {name} cannot be had ({type(e).__name__}), computed directly")
+        log(f"evaluate: {name} cannot be had ({type(e).__name__}), computed directly")
 
 def rouge_statistic(
     predictions:list[str], # one a row
@@ -307,9 +307,9 @@ def greedy_answers(
         answers |= zip(batch, done)
         if time.perf_counter() - told > 30:
             told = time.perf_counter()
-            print(f"{name}: {len(answers)} of {len(rows)} answers after {told - start:.0f} s", flush=True)
+            log(f"{name}: {len(answers)} of {len(rows)} answers after {told - start:.0f} s")
     cut = sum(a["finish_reason"] == "length" for a in answers.values())
-    print(f"{name}: {len(rows)} answers in {time.perf_counter() - start:.0f} s" + (f", {cut} of them cut off at {max_new_tokens} tokens" if cut else ""), flush=True)
+    log(f"{name}: {len(rows)} answers in {time.perf_counter() - start:.0f} s" + (f", {cut} of them cut off at {max_new_tokens} tokens" if cut else ""))
     return [answers[i] for i in range(len(rows))]
 
 # %% ../nbs/09_evaluate.ipynb #c056
@@ -327,7 +327,7 @@ def predict(
     said, about, key = Path(folder)/f"{name}.jsonl", Path(folder)/f"{name}.json", answers_key(spec, rows, max_new_tokens, quantize)
     saved = read_json(about) if about.exists() and said.exists() else {}
     if saved.get("key") == key and (saved["nll"] or not nll):
-        print(f"{name}: {len(rows)} answers, kept from an earlier run", flush=True)
+        log(f"{name}: {len(rows)} answers, kept from an earlier run")
         return saved | {"answers": read_jsonl(said)}
     about.unlink(missing_ok=True)  # it vouches for the answers, so it goes first and comes last
     model, tokenizer = load_model(spec, quantize=quantize)

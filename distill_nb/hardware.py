@@ -113,7 +113,7 @@ def plan_hardware(
     hw = get_hardware(target)
     dtype, reason = choose_dtype(hw)
     gpu = hw.device == "cuda"
-    autocast = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype) if gpu or hw.device == "xpu" else None
+    autocast = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
     return HardwarePlan(hardware=hw, dtype=dtype, train_dtype=dtype if gpu else "float32", autocast=autocast,
                         optim="adamw_8bit" if gpu else "adamw_torch", four_bit=gpu, reason=reason)
 

@@ -22,7 +22,7 @@ from .models import *
 class MergeParams(StageParams):
     "What merging takes"
     out: str = Field("runs/adhoc/merge", description="folder that this stage writes into")
-    adapter: AdapterRef = ""
+    adapter: AdapterRef
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     proof: DataRef = "sample"
     proof_rows: int = Field(8, ge=1)

