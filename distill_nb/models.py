@@ -122,7 +122,8 @@ def model_config(
     else:
         kind, path = locate_model(spec.name)
         if kind == "adapter": return model_config(adapter_base(path))
-        try: config = AutoConfig.from_pretrained(path, revision=spec.revision, token=hub_token())
+        try:
+            with quiet(): config = AutoConfig.from_pretrained(path, revision=spec.revision, token=hub_token(), local_files_only=not hub_reachable())
         except Exception as e:  # the hub's clients raise a dozen classes of their own
             raise DistillError(f"{spec.name}: no such model here, and the hub gave none (misspelt, private, or the hub cannot be reached): "
                                f"{type(e).__name__}; shipped: {', '.join(PYPI_MODELS)}") from e
@@ -146,10 +147,10 @@ def check_model(
         return
     model_config(spec)
     if Path(spec.name).exists(): return
-    from huggingface_hub import constants, try_to_load_from_cache
-    if constants.HF_HUB_OFFLINE:
+    from huggingface_hub import try_to_load_from_cache
+    if not hub_reachable():
         cached = [try_to_load_from_cache(spec.name, f, revision=spec.revision) for f in ("model.safetensors", "model.safetensors.index.json")]
-        if not any(isinstance(c, str) for c in cached): raise DistillError(f"{spec.name}: its weights are not in the hub's cache, and HF_HUB_OFFLINE is set")
+        if not any(isinstance(c, str) for c in cached): raise DistillError(f"{spec.name}: its weights are not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)")
 
 # %% ../nbs/03_models.ipynb #c020
 def even_layers(
