@@ -652,7 +652,7 @@ def summary_line(
 )->str: # a few numbers
     "What a stage says of itself in a line"
     number = lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" if isinstance(v, float) else str(v)
-    return ", ".join(f"{k} {number(v)}" for k, v in manifest["summary"].items() if not isinstance(v, int) or v < 10**9)
+    return ", ".join(f"{k} {number(v)}" for k, v in manifest["summary"].items() if not k.startswith("parameters "))
 
 def run_recipe(
     recipe:Recipe, # from `load_recipe`
