@@ -218,7 +218,7 @@ def test_errors_name_the_row(monkeypatch, rows, message):
 def counted(monkeypatch):
     "Models that count how often they are loaded; the second one fails until it is mended"
     seen = {"loads": [], "broken": True}
-    def load(spec):
+    def load(spec, quantize):
         seen["loads"].append(spec.name)
         return SimpleNamespace(name=spec.name), None
     def generate(model, tokenizer, conversations, max_new_tokens, batch_size):
@@ -250,13 +250,14 @@ def test_saved_answers_are_used_only_for_the_same_question(counted, tmp_path):
     ask = lambda rows, **more: ev.predict("m", ModelSpec(name=str(folder)), rows, tmp_path/"predictions", **more)
     ask([row("1")]), ask([row("1")])
     assert len(counted["loads"]) == 1
-    for change in (lambda: ask([row("1"), row("2")]), lambda: ask([row("1"), row("2")], max_new_tokens=3), lambda: ask([row("1"), row("2")], max_new_tokens=3, nll=True)):
+    for change in (lambda: ask([row("1"), row("2")]), lambda: ask([row("1"), row("2")], max_new_tokens=3), lambda: ask([row("1"), row("2")], max_new_tokens=3, nll=True),
+                   lambda: ask([row("1"), row("2")], max_new_tokens=3, nll=True, quantize="4bit")):
         before = len(counted["loads"])
         change()
         assert len(counted["loads"]) == before + 1
     (folder/"model.safetensors").write_bytes(b"other weights")
-    ask([row("1"), row("2")], max_new_tokens=3, nll=True)
-    assert len(counted["loads"]) == 5
+    ask([row("1"), row("2")], max_new_tokens=3, nll=True, quantize="4bit")
+    assert len(counted["loads"]) == 6
 
 
 def test_importing_needs_no_heavy_library():
