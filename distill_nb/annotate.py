@@ -165,6 +165,7 @@ def annotate(
     for name, rows in done.items():
         if splits[name] and not rows: raise DistillError(f"no usable answer is left for {name}: {dropped}; raise max_new_tokens, or set cut_off: keep")
         write_jsonl(out/f"{name}.jsonl", rows)
+    if dropped: log("dropped: " + ", ".join(f"{reason} {n}" for reason, n in dropped.items()))
     counts = {"teacher": str(params.teacher), "rows": {n: len(r) for n, r in done.items()}, "dropped": dropped, "tokens": sum(a["tokens"] for a in answers)}
     write_json(out/"annotate.json", counts)
     return counts
