@@ -7,7 +7,7 @@ __all__ = ['Params', 'SENTENCE_END', 'AnnotateParams', 'question', 'model_identi
            'trim_answer', 'settle', 'annotate']
 
 # %% ../nbs/04_annotate.ipynb #c005
-import contextlib, json, random, re, sqlite3, time
+import json, re, sqlite3, time
 from pathlib import Path
 from typing import Literal
 

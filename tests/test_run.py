@@ -13,7 +13,7 @@ import pytest
 from distill_nb import pipeline
 from distill_nb.core import read_json, read_jsonl
 
-from conftest import ROOT, command_line, snapshot, until, wait_gone, write_recipe
+from conftest import ROOT, command_line, snapshot, wait_gone, write_recipe
 
 IDS = ["annotate", "student", "distilled", "evaluate", "report"]
 FOLDERS = [f"{n:02d}-{id}" for n, id in enumerate(IDS, 1)]
