@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Iterator, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from .core import *
 from .hardware import *
@@ -50,11 +50,6 @@ class Recipe(Strict):
     data: DataSpec|None = None
     stages: list[dict[str, dict|None]] = Field(min_length=1)
     smoke: Smoke = Smoke()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_names(cls, v):  # `- report` is `- report: {}`
-        return v | {"stages": [{s: None} if isinstance(s, str) else s for s in v["stages"]]} if isinstance(v.get("stages"), list) else v
 
 # %% ../nbs/12_pipeline.ipynb #c008
 def shipped_recipes(
@@ -131,6 +126,7 @@ def load_recipe(
     "Read a recipe and apply changes to it. Raises `DistillError` for what does not fit"
     file = find_recipe(recipe)
     values = read_yaml(file)
+    if isinstance(values.get("stages"), list): values["stages"] = [{s: None} if isinstance(s, str) else s for s in values["stages"]]  # `- report` is `- report: {}`
     if smoke and "smoke" not in values: raise DistillError(f"{file}: smoke: missing; the recipe does not say what a smoke run changes")
     changes = check(Smoke, values.get("smoke") or {}, f"{file}: smoke")
     for id in changes.stages:

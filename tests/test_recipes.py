@@ -414,3 +414,11 @@ def test_layers_are_refused_or_those_of_the_model(total, keep):
     try: kept = models.even_layers(total, keep)
     except DistillError as e: assert "layers" in str(e)
     else: assert kept and set(kept) <= set(range(total)) and kept == sorted(set(kept))
+
+
+def test_a_bare_stage_name_can_be_set(tmp_path):
+    "`- report` is `- report: {}`, for --set and smoke too, which look for stages before the recipe is checked"
+    (tmp_path/"bare.yaml").write_text("name: bare\nstages:\n  - merge\n  - report\nsmoke: {stages: {merge: {proof_rows: 2}}}\n")
+    recipe, _ = pipeline.load_recipe(str(tmp_path/"bare.yaml"), ["report.answers=3"], smoke=True)
+    assert recipe.stages == [{"merge": {"proof_rows": 2}}, {"report": {"answers": 3}}]
+    assert pipeline.load_recipe(str(tmp_path/"bare.yaml"))[0].stages == [{"merge": None}, {"report": None}]
