@@ -145,6 +145,7 @@ class DataSpec(Strict):
     validation: int|float = Field(0.1, ge=0, description="rows held out to watch training: a count, or a share below 1")
     test: int|float = Field(0.1, ge=0, description="rows held out to evaluate on: a count, or a share below 1")
     seed: int = Field(42, description="of the choice of rows and of the split")
+    license: str|None = Field(None, description="of the rows, for the card of what is made from them")
 
     @model_validator(mode="before")
     @classmethod
@@ -187,12 +188,17 @@ class StageParams(Strict):
     "What every stage takes; a stage adds its own, and says what it makes"
     keeps: ClassVar[tuple[str, ...]] = ()  # files that outlive a change of parameters, as a journal of paid answers
     answered: ClassVar[bool] = True        # whether its rows must come with answers
+    paths: ClassVar[tuple[str, ...]] = ()  # parameters that are paths on this machine
     reads: ClassVar[tuple[str, ...]] = ("train",)  # the splits that it cannot do without
     out: str = Field("", description="folder that the stage writes into")
 
     def makes(self)->tuple[str, ...]: return ()
 
-    def estimate(self, plan, rows:dict[str, int], origin)->dict: return {}  # for a plan: model, parameters, trainable, dtype, peak, tokens, price, note
+    def ready(self): "Raises `DistillError` for what can be known to be wrong before anything is run"
+
+    def passes(self, rows:dict[str, list])->dict[str, list]: return rows  # for a plan: the rows that it makes from those that it reads
+
+    def estimate(self, plan, rows:dict[str, list], origin)->dict: return {}  # for a plan: model, parameters, trainable, dtype, peak, tokens, price, note
 
     @classmethod
     def from_cell(cls, names:dict)->"StageParams":

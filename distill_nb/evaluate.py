@@ -52,7 +52,7 @@ class EvaluateParams(StageParams):
         needs = {n: inference_memory(model_config(origin(m)), plan, self.batch_size, 128 + self.max_new_tokens, self.quantize) for n, m in self.models.items()}
         largest = max(needs, key=lambda n: needs[n]["peak"])
         return {"model": f"largest is {largest}, {origin(self.models[largest])}", "dtype": self.quantize or plan.dtype, **needs[largest],
-                "note": f"{min(rows.get('test', 0), self.samples or 10**9)} test rows, {len(self.models)} models, one at a time"}
+                "note": f"{min(len(rows.get('test', ())), self.samples or 10**9)} test rows, {len(self.models)} models, one at a time"}
 
     @field_validator("models")
     @classmethod

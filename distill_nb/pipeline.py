@@ -7,7 +7,7 @@ __all__ = ['UniqueKeyLoader', 'Smoke', 'Recipe', 'shipped_recipes', 'find_recipe
            'set_value', 'load_recipe', 'is_stage', 'stage_notebooks', 'params_class', 'Stage', 'ref_fields', 'pointers',
            'replace_pointers', 'fill_in', 'check_pointers', 'check_stage', 'check_recipe', 'local_path', 'make_local',
            'values_of', 'data_of', 'check_inputs', 'notebook_source', 'outside_files', 'depends_on', 'fingerprint',
-           'same_outputs', 'decide', 'decide_all', 'origin', 'count_rows', 'plan_stage', 'plan_recipe', 'plan_lines',
+           'same_outputs', 'decide', 'decide_all', 'origin', 'rows_for', 'plan_stage', 'plan_recipe', 'plan_lines',
            'render_plan', 'arrange_folders', 'write_resolved', 'Tee', 'StageFailed', 'execute', 'private_kernel',
            'errors_to', 'quiet_papermill', 'stage_parameters', 'prepare_folder', 'run_stage', 'publish', 'summary_line',
            'run_recipe', 'show_run']
@@ -297,10 +297,16 @@ def make_local(
     def walk(value):
         if isinstance(value, DataSpec): value.path = value.path if value.path in shipped_rows() else local_path(value.path, file)
         elif isinstance(value, ModelSpec): value.name = value.name if value.name in PYPI_MODELS else local_path(value.name, file)
+        elif isinstance(value, TeacherSpec): in_place(value)
         elif isinstance(value, dict): return {k: walk(v) for k, v in value.items()}
         elif isinstance(value, str) and value not in shipped_rows(): return local_path(value, file)
         return value
+    def in_place(spec):
+        for name in spec.paths:
+            path = getattr(spec, name)
+            if path and "://" not in path: setattr(spec, name, str((Path.cwd()/path).resolve()) if (found := local_path(path, file)) == path else found)
     for name in ref_fields(type(stage.params)): setattr(stage.params, name, walk(getattr(stage.params, name)))
+    in_place(stage.params)
 
 def values_of(
     value:Any, # of a parameter
@@ -348,6 +354,8 @@ def check_inputs(
                 elif "adapter" in ref.kinds and isinstance(value, str): check_adapter(value)
                 else: check_models(value)
             except DistillError as e: wrong.append(f"{file}: stage {stage.id!r}: {name}: {e}")
+        try: stage.params.ready()
+        except DistillError as e: wrong.append(f"{file}: stage {stage.id!r}: {e}")
     if wrong: raise DistillError("\n".join(dict.fromkeys(wrong)))
 
 # %% ../nbs/12_pipeline.ipynb #c031
@@ -366,7 +374,8 @@ def outside_files(
         value = getattr(stage.params, name)
         for spec in [v for v in values_of(value, ModelSpec) if Path(v.name).is_dir()] + ([ModelSpec(name=value)] if "adapter" in ref.kinds and isinstance(value, str) and Path(value).is_dir() else []):
             found |= {str(f): [f.stat().st_size, f.stat().st_mtime] for f in list_files(spec.name)}
-        if "data" in ref.kinds and not pointers(value): found |= {f.name: sha256_file(f) for f in data_files(value)}
+        for spec in values_of(value, TeacherSpec): found |= {str(f): sha256_file(f) for n in spec.paths for f in list_files(getattr(spec, n))}
+        if "data" in ref.kinds and value and not pointers(value): found |= {f.name: sha256_file(f) for f in data_files(value)}
     return found
 
 def depends_on(
@@ -439,14 +448,16 @@ def origin(
     value = next(getattr(params, n) for n, ref in ref_fields(type(params)).items() if {"model", "adapter"} & set(ref.kinds))
     return origin(value if isinstance(value, ModelSpec) else ModelSpec(name=value), stages)
 
-def count_rows(
+def rows_for(
     stage:Stage, # a stage
     stages:list[Stage], # all stages
     recipe:Recipe, # its task
-)->dict[str, int]: # rows by split; empty where a stage has no data
-    "How many rows a stage will see, at most"
-    data = data_of(stage, stages)
-    return {} if data is None else {name: len(rows) for name, rows in load_splits(data, recipe.task)[0].items()}
+)->dict[str, list[dict]]: # rows by split; empty where a stage has no data
+    "The rows that a stage will see, as far as they can be known: at most as many, with the text that there is now"
+    if (data := getattr(stage.params, "data", None)) is None: return {}
+    if not (ids := pointers(data)): return load_splits(data, recipe.task)[0]
+    maker = next(s for s in stages if s.id == ids[0])
+    return maker.params.passes(rows_for(maker, stages, recipe))
 
 # %% ../nbs/12_pipeline.ipynb #c035
 def plan_stage(
@@ -456,7 +467,7 @@ def plan_stage(
     hardware:HardwarePlan, # the machine
 )->dict: # id, kind, state, why, and what the stage estimates of itself
     "What one stage would do"
-    estimate = stage.params.estimate(hardware, count_rows(stage, stages, recipe), lambda spec: origin(spec, stages))
+    estimate = stage.params.estimate(hardware, rows_for(stage, stages, recipe), lambda spec: origin(spec, stages))
     return {"id": stage.id, "stage": stage.kind, "state": stage.state, "why": stage.why} | estimate
 
 def plan_recipe(
@@ -482,7 +493,8 @@ def plan_lines(
     yield f"{row['id']} ({row['stage']}): {row['state']} ({row['why']})"
     if "model" in row:
         trained = f", {row['trainable']:,} trained ({row['trainable']/row['parameters']:.1%})" if "trainable" in row else ""
-        yield f"    {row['model']}: {row['parameters']:,} parameters{trained}, {row['dtype']}"
+        size = f"{row['parameters']:,} parameters{trained}, " if "parameters" in row else ""
+        yield f"    {row['model']}: {size}{row['dtype']}"
     if "peak" in row:
         have = hardware.hardware.memory
         yield f"    memory: about {row['peak']/GiB:.1f} of {have/GiB:.1f} GiB" + ("" if row["peak"] < have else ": DOES NOT FIT")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'PLACEHOLDERS', 'CONTENT_FREE', 'templates_for', 'delimit', 'fill', 'Request', 'label_schema', 'question',
            'ask_teacher', 'ask_label', 'choose_examples', 'read_label', 'label_probabilities', 'normalise', 'softmax',
-           'mean_probabilities', 'calibrate']
+           'mean_probabilities', 'calibrated']
 
 # %% ../nbs/03c_prompts.ipynb #c002
 import json, math, re
@@ -183,7 +183,7 @@ def mean_probabilities(
     "What is expected before the text is read"
     return normalise({l: sum(p[l] for p in several) for l in several[0]})
 
-def calibrate(
+def calibrated(
     probabilities:dict[str, float], # of one row
     bias:dict[str, float], # from `mean_probabilities`
 )->dict[str, float]: # sums to 1

@@ -46,7 +46,7 @@ class SftParams(StageParams):
 
     def estimate(self, plan, rows, origin=lambda spec: spec):
         need = training_memory(model_config(origin(self.model)), plan, self.batch_size, self.max_length, self.lora_r if self.method == "lora" else None, self.quantize, self.gradient_checkpointing)
-        steps = self.max_steps or math.ceil(self.epochs * math.ceil(rows.get("train", 0) / self.batch_size / self.gradient_accumulation))
+        steps = self.max_steps or math.ceil(self.epochs * math.ceil(len(rows.get("train", ())) / self.batch_size / self.gradient_accumulation))
         return {"model": f"student {self.model}", "dtype": self.quantize or plan.train_dtype, "note": f"{steps} steps of {self.batch_size * self.gradient_accumulation} rows"} | need
 
     @model_validator(mode="after")

@@ -228,7 +228,7 @@ def test_an_edited_notebook_is_a_change(work, tmp_path):
 def answers_in(journal):
     "key: time at which it was given"
     db = sqlite3.connect(f"file:{journal}?mode=ro", uri=True)
-    found = dict(db.execute("select key, at from answers"))
+    found = dict(db.execute("select id, at from entries where kind = 'answer'"))
     db.close()
     return found
 
