@@ -6,7 +6,7 @@
 __all__ = ['Params', 'SENTENCE_END', 'CHAIN_FIELDS', 'AnnotateParams', 'Job', 'human_label', 'load_examples', 'check_caps',
            'open_job', 'show_request', 'dealt_count', 'estimate_calls', 'chain_plan', 'trim_answer', 'settle',
            'ask_all', 'open_rows', 'ask_rows', 'label_bias', 'settled_rows', 'student_row', 'label_row', 'write_rows',
-           'ask_chains', 'write_chains', 'source_name', 'describe', 'annotate']
+           'ask_chains', 'chain_row', 'seeds_solved', 'write_chains', 'source_name', 'describe', 'annotate']
 
 # %% ../nbs/04_annotate.ipynb #c005
 import itertools, json, re, time
@@ -75,8 +75,8 @@ class AnnotateParams(StageParams):
 
     def makes(self): return ("data",)
 
-    def ready(self):
-        if isinstance(self.teacher, TeacherSpec): self.teacher.check()
+    def ready(self, keys=True):
+        if isinstance(self.teacher, TeacherSpec): self.teacher.check(keys)
         check_caps(self)
         load_examples(self)
 
@@ -343,32 +343,39 @@ def ask_chains(
         return [journal.get(k) for k in keys]
     return ask
 
+def chain_row(job:Job, r:dict)->dict:
+    "A row of a split file"
+    asked = question({"messages": [{"role": "user", "content": r["new_question"]}]}, job.params.system)
+    return {"id": r["id"], "messages": [*asked, {"role": "assistant", "content": r["new_solution"]}], "meta": {k: r[k] for k in ("seed", "answer", "agreement")}}
+
+def seeds_solved(seeds:list[dict], rows:list[dict])->dict: # how many seeds the teacher solved, of those whose answer is known
+    "Compare the teacher's solutions of the seeds with the answers that came with them"
+    said = {r["seed"]: same_answer(final_answer(r["original_solution"])) for r in rows}
+    known = {s["id"]: same_answer(final_answer(s["answer"]) or s["answer"]) for s in seeds if s["answer"]}
+    both = said.keys() & known.keys()
+    return {"seeds_solved": sum(said[i] == known[i] for i in both), "seeds_with_answers": len(both)} if both else {}
+
 def write_chains(
     job:Job, # what to ask
     journal:Journal, # where answers are kept
     out:Path, # where to
-)->dict: # rows by split, dropped by reason, what the teacher reached on the seeds
-    "Expand the seeds of every split and write them. Raises `DistillError` where a split that had seeds ends up empty"
+)->dict: # rows by split, dropped by reason, seeds solved
+    "Expand the seeds and write what came of them. Raises `DistillError` where a split that had seeds ends up empty"
     splits, dropped = load_splits(job.params.data, "cot")
-    wanted, dropped, failures, dataset, sheet, counts, known = dealt_count(splits, job.params.count), Counter(dropped), {}, [], [], {}, []
-    for split in SPLITS:
-        seeds = [{"id": r["id"], "question": question(r)[-1]["content"]} for r in splits[split]]
-        answers = {r["id"]: same_answer(final_answer(a) or a) for r in splits[split] if r["messages"][-1]["role"] == "assistant" for a in [r["messages"][-1]["content"]]}
-        rows, lost = expand(chain_plan(job), seeds, len(wanted[split]), ask_chains(job, journal, failures)) if seeds else ([], {})
-        dropped.update(lost)
-        if seeds and not rows: raise DistillError(f"no usable question is left for {split}: {dict(dropped)}; raise max_new_tokens, or look at the prompts")
-        solved = {r["seed"]: same_answer(final_answer(r["original_solution"])) for r in rows}
-        known += [solved[s] == answers[s] for s in solved if s in answers]
-        messages = [question({"messages": [{"role": "user", "content": r["new_question"]}]}, job.params.system) for r in rows]
-        write_jsonl(out/f"{split}.jsonl", ({"id": r["id"], "messages": [*q, {"role": "assistant", "content": r["new_solution"]}], "meta": {k: r[k] for k in ("seed", "answer", "agreement")}} for q, r in zip(messages, rows)))
-        write_jsonl(out/f"{split}_text.jsonl", ({"id": r["id"], "text": f"Q: {r['new_question']}\nA: {r['new_solution']}"} for r in rows))
-        counts[split] = len(rows)
-        dataset += [{k: r[k] for k in CHAIN_FIELDS} for r in rows]
-        sheet += [{"id": r["id"], "split": split, "text": r["new_question"], "answer": r["new_solution"]} for r in rows]
-    write_array(out/"dataset.json", dataset)
+    answer = lambda r: r["messages"][-1]["content"] if r["messages"][-1]["role"] == "assistant" else ""
+    seeds = [{"id": r["id"], "split": s, "question": question(r)[-1]["content"], "answer": answer(r)} for s in SPLITS for r in splits[s]]
+    failures, wanted = {}, {s: len(part) for s, part in dealt_count(splits, job.params.count).items()}
+    rows, lost = expand(chain_plan(job), seeds, wanted, ask_chains(job, journal, failures))
+    dropped = dict(Counter(dropped) + Counter(lost))
+    parts = {s: [r for r in rows if r["split"] == s] for s in SPLITS}
     write_jsonl(out/"failures.jsonl", ({"key": k} | f for k, f in failures.items()))
-    write_sheet(out/"for_people.csv", sheet, ["id", "split", "text", "answer"])
-    return {"rows": counts, "dropped": dict(dropped)} | ({"seeds_solved": sum(known), "seeds_with_answers": len(known)} if known else {})
+    for split, part in parts.items():
+        if wanted[split] and not part: raise DistillError(f"no usable question is left for {split}: {dropped}; raise max_new_tokens, or look at the prompts")
+        write_jsonl(out/f"{split}.jsonl", (chain_row(job, r) for r in part))
+        write_jsonl(out/f"{split}_text.jsonl", ({"id": r["id"], "text": f"Q: {r['new_question']}\nA: {r['new_solution']}"} for r in part))
+    write_array(out/"dataset.json", ({k: r[k] for k in CHAIN_FIELDS} for r in rows))
+    write_sheet(out/"for_people.csv", ({"id": r["id"], "split": r["split"], "text": r["new_question"], "answer": r["new_solution"]} for r in rows), ["id", "split", "text", "answer"])
+    return {"rows": {s: len(part) for s, part in parts.items()}, "dropped": dropped} | seeds_solved(seeds, rows)
 
 # %% ../nbs/04_annotate.ipynb #c027
 def source_name(data:DataSpec|str)->str:

@@ -55,8 +55,8 @@ class ApiTeacher(TeacherSpec):
 
     def find_price(self)->Price|None: return self.price or find_price(self.api, self.address[0])
 
-    def check(self):
-        for address in self.address:
+    def check(self, keys=True):
+        for address in self.address if keys else ():
             if (name := self.secret_name(address)) and not secret(name): raise DistillError(f"{name} is not set: put the key for {address} into the environment, or into the secrets of Colab or Kaggle")
 
     def __str__(self): return f"{self.api} at {', '.join(self.address)}"
@@ -181,7 +181,7 @@ class Endpoint:
         if len(self.window) < max(10, self.limit): return
         share = sum(self.window) / len(self.window)
         self.window.clear()
-        if share > 0.15: self.limit = max(1.0, self.limit * 0.8)
+        if share > 0.2: self.limit = max(1.0, self.limit * 0.8)
         elif share < 0.1: self.limit = min(float(self.most), self.limit + max(1, self.limit / 10))
         if share > 0.5 and verdict.wait: self.paused = now + verdict.wait
 
@@ -233,12 +233,20 @@ async def _ask(self:Caller, a:Attempt, endpoint:Endpoint)->Verdict:
     return judge_response(response, a.request, self.meter)
 
 @patch
+def _release(self:Caller, endpoint:Endpoint):
+    endpoint.in_flight -= 1
+    self.wake.set()
+
+@patch
 async def _attempt(self:Caller, a:Attempt, endpoint:Endpoint, worst:Usage):
     "Pending, sent, judged, committed, counted"
     id, paid = uuid.uuid4().hex, Usage()
     try:
-        await self.journal.commit(begin(id, a.key, worst))
-        verdict = await self._ask(a, endpoint)
+        try: await self.journal.commit(begin(id, a.key, worst))
+        except BaseException: self._release(endpoint); raise
+        try: verdict = await self._ask(a, endpoint)
+        finally: self._release(endpoint)
+        endpoint.note(verdict, time.monotonic())
         paid = worst if verdict.usage is None else verdict.usage
         if verdict.what == "again" and verdict.body:
             a.useless += 1
@@ -247,13 +255,11 @@ async def _attempt(self:Caller, a:Attempt, endpoint:Endpoint, worst:Usage):
         if verdict.what == "answer": operations.append((INSERT, entry("answer", a.key, verdict.body | {"asked": a.request.asked}, paid)))
         elif paid.tokens: operations.append((INSERT, entry("spent" if verdict.usage else "lost", a.key, {"reason": verdict.reason}, paid)))
         await self.journal.commit(*operations)
-        endpoint.note(verdict, time.monotonic())
         self.meter.settle(worst, paid)
         self._follow(a, verdict)
     except BaseException as e:
         self.stopped = self.stopped or e
         if not isinstance(e, Exception): raise
-    finally: endpoint.in_flight -= 1
 
 # %% ../nbs/03d_api.ipynb #c022
 IN_A_ROW = 20

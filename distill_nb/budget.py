@@ -114,7 +114,7 @@ class Progress:
         every:float=10, # seconds between two lines
     ):
         from tqdm.auto import tqdm
-        self.total, self.meter, self.every, self.done, self.start, self.said, self.before = total, meter, every, 0, time.monotonic(), None, meter.paid.tokens
+        self.total, self.meter, self.every, self.done, self.start, self.said, self.before = total, meter, every, 0, time.monotonic(), None, meter.paid.completion_tokens
         self.bar = tqdm(total=total, desc="teacher", mininterval=1)
 
     def step(self, n:int=1, note:str=""):
@@ -124,7 +124,7 @@ class Progress:
         self.bar.update(n)
         now = time.monotonic()
         if self.said is None or self.done == self.total or now - self.said > self.every:
-            rate = (self.meter.paid.tokens - self.before) / max(now - self.start, 1e-9)
+            rate = (self.meter.paid.completion_tokens - self.before) / max(now - self.start, 1e-9)
             log(f"teacher: {self.done} of {self.total} answers, {rate:.0f} tokens/s, {self.meter}{note}")
             self.said = now
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'Ask', 'LEAD', 'final_answer', 'same_answer', 'Solution', 'majority', 'shingles', 'Seen', 'ChainPlan',
-           'usable', 'solve', 'read_question', 'transform', 'shares', 'expand']
+           'usable', 'solve', 'read_question', 'transform', 'shares', 'deal', 'expand']
 
 # %% ../nbs/03f_chains.ipynb #c002
 import re
@@ -17,7 +17,7 @@ from .core import *
 from .prompts import *
 
 # %% ../nbs/03f_chains.ipynb #c005
-ENDINGS = (r"^[\W_]*(?:final\s+)?answer[\s*_]*[:：][\s*_]*(?P<a>\S.*)$", r"^####\s*(?P<a>\S.*)$", r"\\boxed\{(?P<a>[^{}]+)\}")
+ENDINGS = (r"^[\W_]*(?:final\s+)?answer[\s*_]*[:：][\s*_]*(?P<a>\S.*)$", r"^####\s*(?P<a>\S.*)$", r"\\boxed\{(?P<a>[^{}]+)\}", r"\banswer is:?\s+(?P<a>[^\n]+?)(?=\.?\s*$|\.\s)")
 
 def final_answer(
     text:str, # a solution
@@ -129,26 +129,36 @@ def transform(
     "Ask for variations of seeds"
     prompts = [fill(plan.templates["transform"], {"question": seed["question"], "solution": solution.text}, {"variation": str(v)}) for seed, solution, v in wanted]
     answers = ask([plan.request(p, v) for p, (_, _, v) in zip(prompts, wanted)])
-    return [read_question(usable(a)) for a in answers]
+    return [read_question(usable(a)) if a and a.get("finish_reason") != "length" else "" for a in answers]  # half a question is none
 
 def shares(total:int, parts:int)->list[int]:
     "`total` in `parts` whole numbers that differ by one at most"
     return [total // parts + (i < total % parts) for i in range(parts)]
 
-# %% ../nbs/03f_chains.ipynb #c017
+# %% ../nbs/03f_chains.ipynb #c018
+def deal(
+    seeds:list[dict], # id, split
+    counts:dict[str, int], # new questions that each split wants
+)->dict[str, int]: # new questions that each seed is asked for
+    "Deal what a split wants among its seeds"
+    wanted = {}
+    for split, count in counts.items():
+        ids = [s["id"] for s in seeds if s["split"] == split]
+        wanted |= dict(zip(ids, shares(count, len(ids)))) if ids else {}
+    return wanted
+
 def expand(
     plan:ChainPlan, # templates, sampling
-    seeds:list[dict], # id, question
-    count:int, # new questions that are wanted
+    seeds:list[dict], # id, split, question
+    counts:dict[str, int], # new questions that each split wants
     ask:Ask, # the teacher
-)->tuple[list[dict], dict[str, int]]: # id, seed, question, solution and what belongs to them; and what was dropped, by reason
+)->tuple[list[dict], dict[str, int]]: # id, split, seed, question, solution and what belongs to them; and what was dropped, by reason
     "Make new questions with solutions from seeds"
     seen, dropped, rows, used = Seen(plan.near_duplicate), Counter(), [], Counter()
     solved = [(s, solution) for s, solution in zip(seeds, solve(plan, [s["question"] for s in seeds], ask)) if solution]
     if len(solved) < len(seeds): dropped["seed without a usable solution"] = len(seeds) - len(solved)
-    if not solved: return [], dict(dropped)
     for s in seeds: seen.add(s["question"])
-    missing = dict(zip([s["id"] for s, _ in solved], shares(count, len(solved))))
+    missing = deal([s for s, _ in solved], counts)
     for _ in range(plan.rounds):
         wanted = [(s, solution, used[s["id"]] + i + 1) for s, solution in solved for i in range(missing[s["id"]])]
         if not wanted: break
@@ -161,8 +171,8 @@ def expand(
         for (s, solution, v, question), its in zip(new, solve(plan, [q for *_, q in new], ask)):
             if its is None: dropped["no usable solution"] += 1; continue
             missing[s["id"]] -= 1
-            rows.append({"id": f"{s['id']}-v{v:03d}", "seed": s["id"], "original_question": s["question"], "original_solution": solution.text, "new_question": question,
+            rows.append({"id": f"{s['id']}-v{v:03d}", "split": s["split"], "seed": s["id"], "original_question": s["question"], "original_solution": solution.text, "new_question": question,
                          "new_solution": its.text, "answer": its.answer, "agreement": its.agreement})
-    if short := sum(missing.values()): dropped["given up"] = short
+    if short := sum(counts.values()) - len(rows): log(f"{short} of {sum(counts.values())} new questions could not be had in {plan.rounds} rounds")
     place = {s["id"]: n for n, s in enumerate(seeds)}
     return sorted(rows, key=lambda r: (place[r["seed"]], r["id"])), dict(dropped)

@@ -182,7 +182,7 @@ DataRef = Annotated[str|DataSpec, Ref("data")]
 class TeacherSpec(Strict):
     "A teacher that is not a model on this machine"
     paths: ClassVar[tuple[str, ...]] = ()  # the fields that are paths on this machine
-    def check(self): "Raises `DistillError` where it could not be asked"
+    def check(self, keys:bool=True): "Raises `DistillError` where it could not be asked; `keys`: whether secrets have to be there already"
 
 class StageParams(Strict):
     "What every stage takes; a stage adds its own, and says what it makes"
@@ -194,7 +194,7 @@ class StageParams(Strict):
 
     def makes(self)->tuple[str, ...]: return ()
 
-    def ready(self): "Raises `DistillError` for what can be known to be wrong before anything is run"
+    def ready(self, keys:bool=True): "Raises `DistillError` for what can be known to be wrong before anything is run; `keys`: whether secrets have to be there already"
 
     def passes(self, rows:dict[str, list])->dict[str, list]: return rows  # for a plan: the rows that it makes from those that it reads
 

@@ -141,7 +141,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.guard = lock(self.path.with_name(f".{self.path.name}.lock"), str(self.path))
         self.copies, self.copier, self.unsynced = (Copies(sync_to) if sync_to else None), ThreadPoolExecutor(1), ""
-        self.busy, self.waiting, self.flusher = threading.RLock(), [], None
+        self.busy, self.waiting = threading.RLock(), []
         try:
             self.db = self._open()
             self._restore()
@@ -189,22 +189,20 @@ async def commit(self:Journal,
     *operations, # (sql, values) pairs
 ):
     "Add operations to the next commit, and wait until it is on the disk"
-    done = asyncio.get_running_loop().create_future()
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+    if not self.waiting: loop.call_soon(self._flush)
     self.waiting.append((operations, done))
-    if self.flusher is None: self.flusher = asyncio.create_task(self._flush())
     await done
 
 @patch
-async def _flush(self:Journal):
-    while self.waiting:
-        batch, self.waiting = self.waiting, []
-        try:
-            await asyncio.to_thread(self.write, [o for operations, _ in batch for o in operations])
-            said = None
-        except DistillError as e: said = e
-        for _, done in batch:
-            if not done.done(): done.set_exception(said) if said else done.set_result(None)
-    self.flusher = None
+def _flush(self:Journal):
+    "Commit everything that came in since the event loop was here last"
+    batch, self.waiting, said = self.waiting, [], None
+    try: self.write([o for operations, _ in batch for o in operations])
+    except DistillError as e: said = e
+    for _, done in batch:
+        if not done.done(): done.set_exception(said) if said else done.set_result(None)
 
 # %% ../nbs/03a_journal.ipynb #c017
 def begin(

@@ -330,6 +330,7 @@ def check_inputs(
     stages:list[Stage], # from `check_recipe`
     recipe:Recipe, # its task
     file:str|Path, # of the recipe, for errors
+    keys:bool=True, # whether secrets have to be there: not for a plan
 ):
     "See that data and models outside the recipe can be had and have the right form. Raises `DistillError` with every mistake"
     wrong, loaded = [], {}
@@ -354,7 +355,7 @@ def check_inputs(
                 elif "adapter" in ref.kinds and isinstance(value, str): check_adapter(value)
                 else: check_models(value)
             except DistillError as e: wrong.append(f"{file}: stage {stage.id!r}: {name}: {e}")
-        try: stage.params.ready()
+        try: stage.params.ready(keys)
         except DistillError as e: wrong.append(f"{file}: stage {stage.id!r}: {e}")
     if wrong: raise DistillError("\n".join(dict.fromkeys(wrong)))
 
@@ -480,7 +481,7 @@ def plan_recipe(
     hardware = plan_hardware(target)
     stages = check_recipe(recipe, file)
     for s in stages: make_local(s, file)
-    check_inputs(stages, recipe, file)
+    check_inputs(stages, recipe, file, keys=False)
     decide_all(stages, run_dir)
     return hardware, [plan_stage(s, stages, recipe, hardware) for s in stages]
 

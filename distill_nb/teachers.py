@@ -243,7 +243,7 @@ class Recording(TeacherSpec):
 
     def find_price(self)->Price: return FREE
 
-    def check(self):
+    def check(self, keys=True):
         if not self.shards: raise DistillError(f"{self.recording}: no recording there: a finished annotation has shards/shard-00001.jsonl")
 
     def __str__(self): return f"recording {Path(self.recording).name}"
