@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Params', 'SENTENCE_END', 'CHAIN_FIELDS', 'AnnotateParams', 'Job', 'human_label', 'load_examples', 'check_caps',
            'open_job', 'show_request', 'dealt_count', 'estimate_calls', 'chain_plan', 'trim_answer', 'settle',
-           'ask_all', 'open_rows', 'ask_rows', 'label_bias', 'settled_rows', 'student_row', 'label_row', 'write_rows',
-           'ask_chains', 'chain_row', 'seeds_solved', 'write_chains', 'source_name', 'describe', 'annotate']
+           'ask_all', 'open_rows', 'ask_rows', 'opinions', 'label_biases', 'settled_rows', 'student_row', 'label_row',
+           'write_rows', 'ask_chains', 'chain_row', 'seeds_solved', 'write_chains', 'source_name', 'describe',
+           'annotate']
 
 # %% ../nbs/04_annotate.ipynb #c005
 import itertools, json, re, time
@@ -45,7 +46,9 @@ class AnnotateParams(StageParams):
     labels: list[str] = []
     examples: DataRef|None = None
     shots: int = Field(0, ge=0)
+    draws: int = Field(1, ge=1)
     calibrate: Literal["content-free", "batch"]|None = None
+    prior: dict[str, float] = {}
     probabilities: bool = True
     count: int = Field(1000, ge=1)
     self_consistency: int = Field(1, ge=1)
@@ -70,6 +73,9 @@ class AnnotateParams(StageParams):
         except DistillError as e: raise ValueError(str(e)) from None
         if self.task == "classify" and (len(set(self.labels)) < 2 or len(set(self.labels)) < len(self.labels) or not all(l.strip() for l in self.labels)): raise ValueError("labels: classify needs two different labels at least, each once")
         if bool(self.shots) != bool(self.examples): raise ValueError("examples and shots: each needs the other, as examples: {path: labelled.jsonl} and shots: 2")
+        if self.draws > 1 and (not self.shots or isinstance(self.teacher, TeacherSpec)): raise ValueError("draws: are sets of examples for a local teacher; give examples and shots")
+        if self.prior and (self.calibrate != "batch" or set(self.prior) != set(self.labels) or min(self.prior.values()) <= 0 or abs(sum(self.prior.values()) - 1) > 0.01):
+            raise ValueError("prior: needs calibrate: batch, and a share above 0 for each label, 1 in all")
         if self.self_consistency > 1 and not self.temperature: raise ValueError(f"self_consistency: {self.self_consistency} samples at temperature 0 would all be alike; set temperature: 0.7")
         return self
 
@@ -99,7 +105,7 @@ class Job:
     templates: dict[str, str]
     identity: dict
     price: Price|None
-    examples: list[tuple[str, str]] = field(default_factory=list)  # text and label
+    examples: list[list[tuple[str, str]]] = field(default_factory=list)  # draws of text and label
 
     @property
     def labels(self)->tuple: return tuple(self.params.labels)
@@ -111,8 +117,13 @@ class Job:
         return self.label_request(question(row)[-1]["content"])
 
     def label_request(self, text:str)->Request:
-        p = self.params
-        return Request(ask_label(text, self.labels, self.templates, self.examples), p.max_new_tokens, p.temperature, p.seed, labels=self.labels, logprobs=p.probabilities and isinstance(p.teacher, TeacherSpec))
+        "The call that a text needs: a local teacher's answer is begun for it where there are examples"
+        p, starts = self.params, ()
+        if self.examples and isinstance(p.teacher, ModelSpec):
+            messages = [{"role": "user", "content": fill(self.templates["instruction"], {}, {"labels": ", ".join(self.labels)})}]
+            starts = tuple(start_label(text, self.templates, draw) for draw in self.examples)
+        else: messages = ask_label(text, self.labels, self.templates, self.examples[0] if self.examples else ())
+        return Request(messages, p.max_new_tokens, p.temperature, p.seed, labels=self.labels, starts=starts, logprobs=p.probabilities and isinstance(p.teacher, TeacherSpec))
 
     def key(self, row:dict)->str: return self.request(row).key(self.identity)
 
@@ -127,11 +138,11 @@ def human_label(
     if said.isdigit() and int(said) < len(labels): return labels[int(said)]
     raise DistillError(f"row {row['id']}: its label {said!r} is not one of labels: {', '.join(labels)}")
 
-def load_examples(params:AnnotateParams)->list[tuple[str, str]]: # text and label
+def load_examples(params:AnnotateParams)->list[list[tuple[str, str]]]: # draws of text and label
     "The examples that the teacher is shown. Raises `DistillError` where there are too few"
     if not params.examples: return []
     splits, labels = load_splits(params.examples, "classify")[0], tuple(params.labels)
-    return choose_examples([(question(r)[-1]["content"], human_label(r, labels)) for s in SPLITS for r in splits[s]], labels, params.shots)
+    return choose_examples([(question(r)[-1]["content"], human_label(r, labels)) for s in SPLITS for r in splits[s]], labels, params.shots, params.draws, params.seed)
 
 def check_caps(params:AnnotateParams)->Meter:
     "A meter for the teacher's price. Raises `DistillError` where a cap could not be kept"
@@ -144,7 +155,7 @@ def open_job(params:AnnotateParams)->Job:
 
 def show_request(request:Request)->str:
     "What will be sent, as a person reads it"
-    return "\n".join(f"[{m['role']}] {m['content']}" for m in request.messages)
+    return "\n".join([f"[{m['role']}] {m['content']}" for m in request.messages] + [f"[assistant, begun] {s}" for s in request.starts])
 
 # %% ../nbs/04_annotate.ipynb #c012
 def dealt_count(rows:dict[str, list], count:int)->dict[str, list]: # as many stand-ins for rows as there will be
@@ -164,7 +175,7 @@ def estimate_calls(
     if params.task != "cot":
         for r in every:
             request = job.request(r)
-            calls.add(request.messages, params.max_new_tokens, request.schema)
+            calls.add(request.sent, params.max_new_tokens, request.schema)
         return calls
     chain = chain_plan(job)
     for seed in every:
@@ -215,7 +226,7 @@ def ask_all(
     if others and (more := journal.count() - (total - left)) > 0: log(f"journal: {more} answers to other prompts, or of another model or sampling, are kept beside them and not used")
     if not left: return {}
     calls = Estimate()
-    for request, _ in fresh(): calls.add(request.messages, request.max_new_tokens, request.schema)
+    for request, _ in fresh(): calls.add(request.sent, request.max_new_tokens, request.schema)
     log(f"teacher {p.teacher}: {calls.describe(job.price)}")
     meter = Meter(job.price, p.max_cost, p.max_tokens, journal.bill(job.price and job.price.cost))
     with Progress(left, meter) as progress:
@@ -248,38 +259,43 @@ def ask_rows(
     todo = lambda: itertools.chain(more, ((job.request(row), key) for key, row in waiting_rows(store)))
     return ask_all(job, journal, total + len(free), todo, left + len(more))
 
-# %% ../nbs/04_annotate.ipynb #c021
-def label_bias(
-    job:Job, # calibrate
+# %% ../nbs/04_annotate.ipynb #c022
+def opinions(answer:dict|None)->list[dict[str, float]]: # by draw; empty where the teacher gave none
+    "A teacher's probabilities of the labels"
+    return answer.get("draws") or [answer["probabilities"]] if answer and answer.get("probabilities") else []
+
+def label_biases(
+    job:Job, # calibrate, prior
     store:RowStore, # rows
     journal:Journal, # answers
-)->dict[str, float]|None: # None where there is nothing to divide by
+)->list[dict[str, float]]: # as 03c_prompts' `opinion` takes them; empty where there is nothing to divide by
     "What the teacher expects before it has read a text. Raises `DistillError` where it gave no probabilities"
-    if not job.params.calibrate: return None
-    if job.params.calibrate == "content-free": answers = [journal.get(job.label_request(t).key(job.identity)) for t in CONTENT_FREE]
+    p = job.params
+    if not p.calibrate: return []
+    if p.calibrate == "content-free": answers = [journal.get(job.label_request(t).key(job.identity)) for t in CONTENT_FREE]
     else: answers = [a for s in SPLITS for _, _, a in with_answers(store, journal.path, s)]
-    found = [a["probabilities"] for a in answers if a and a.get("probabilities")]
-    if not found: raise DistillError(f"calibrate: {job.params.calibrate}: the teacher gave no probabilities of the labels; set calibrate: null")
-    return mean_probabilities(found)
+    found = [o for a in answers if (o := opinions(a))]
+    if not found: raise DistillError(f"calibrate: {p.calibrate}: the teacher gave no probabilities of the labels; set calibrate: null")
+    return find_biases(found, p.prior or None)
 
 def settled_rows(
     job:Job, # cut_off, labels
     store:RowStore, # rows
     journal:Journal, # answers
     split:str, # train, validation or test
-    bias:dict|None=None, # from `label_bias`
+    biases:list[dict]=(), # from `label_biases`
 )->Iterator[tuple[dict, dict, str]]: # row, its answer ({} if there is none that can be used), and the reason why not
     "Rows with what became of them, in order"
     for row, key, answer in with_answers(store, journal.path, split):
         if answer is None: yield row, {}, key; continue
         text, reason = settle(answer, job.params.cut_off)
         found = {"text": text} if text else {}
-        if text and (chances := answer.get("probabilities")):
-            chances = calibrated(chances, bias) if bias else chances
-            found = {"text": max(chances, key=chances.get) if bias else text, "probabilities": chances}
+        if text and (said := opinions(answer)):
+            chances = opinion(said, biases)
+            found = {"text": max(chances, key=chances.get) if biases else text, "probabilities": chances}
         yield row, found, reason
 
-# %% ../nbs/04_annotate.ipynb #c023
+# %% ../nbs/04_annotate.ipynb #c024
 def student_row(job:Job, row:dict, found:dict)->dict:
     "A row of a split file"
     meta = row["meta"] | ({"label": job.labels.index(found["text"])} | ({"probabilities": found["probabilities"]} if "probabilities" in found else {}) if job.labels else {})
@@ -298,15 +314,16 @@ def write_rows(
     out:Path, # where to
 )->dict: # rows by split, dropped by reason, agreement with human labels
     "Write everything that was answered. Raises `DistillError` where a split that had rows ends up empty"
-    bias, dropped, counts, pairs = label_bias(job, store, journal), Counter(store.dropped), Counter(), []
-    def each(split): return settled_rows(job, store, journal, split, bias)
+    biases, dropped, counts, pairs = label_biases(job, store, journal), Counter(store.dropped), Counter(), []
+    shown = {text for draw in job.examples for text, _ in draw}  # the teacher was told the label of these
+    def each(split): return settled_rows(job, store, journal, split, biases)
     def usable(split):
         for row, found, _ in each(split):
             if found: yield row, found
     def counted(split):
         for row, found in usable(split):
             counts[split] += 1
-            if job.labels and (human := human_label(row, job.labels)): pairs.append((human, found["text"]))
+            if job.labels and (human := human_label(row, job.labels)) and question(row)[-1]["content"] not in shown: pairs.append((human, found["text"]))
             yield student_row(job, row, found)
     def failed():
         for split in SPLITS:
@@ -325,9 +342,9 @@ def write_rows(
         write_tables(out, "annotations", (label_row(job, row, found) for _, row, found in every()), columns, job.params.csv_rows)
     else: write_array(out/"distilled_chat"/"train_distilled.json", ({"messages": student_row(job, row, found)["messages"]} for row, found in usable("train")))
     write_sheet(out/"for_people.csv", ({"id": row["id"], "split": s, "text": question(row)[-1]["content"], "answer": found["text"]} for s, row, found in every()), ["id", "split", "text", "answer"])
-    return {"rows": {s: counts[s] for s in SPLITS}, "dropped": dict(dropped)} | ({"bias": bias, "agreement": agreement(pairs, job.labels)} if job.labels else {})
+    return {"rows": {s: counts[s] for s in SPLITS}, "dropped": dict(dropped)} | ({"biases": biases, "agreement": agreement(pairs, job.labels)} if job.labels else {})
 
-# %% ../nbs/04_annotate.ipynb #c025
+# %% ../nbs/04_annotate.ipynb #c026
 CHAIN_FIELDS = ("original_question", "original_solution", "new_question", "new_solution")
 
 def ask_chains(
@@ -377,7 +394,7 @@ def write_chains(
     write_sheet(out/"for_people.csv", ({"id": r["id"], "split": r["split"], "text": r["new_question"], "answer": r["new_solution"]} for r in rows), ["id", "split", "text", "answer"])
     return {"rows": {s: len(part) for s, part in parts.items()}, "dropped": dropped} | seeds_solved(seeds, rows)
 
-# %% ../nbs/04_annotate.ipynb #c027
+# %% ../nbs/04_annotate.ipynb #c028
 def source_name(data:DataSpec|str)->str:
     "Where rows come from, without a path of this machine"
     path = data if isinstance(data, str) else data.path
@@ -392,11 +409,11 @@ def describe(
     "The facts of the card"
     p = job.params
     models = {json.loads(body).get("model") for body, in journal.db.execute("select distinct json_object('model', json_extract(body, '$.model')) from entries where kind = 'answer'")} - {None, str(p.teacher)}
-    sampling = {"temperature": p.temperature, "max_new_tokens": p.max_new_tokens, "seed": p.seed} | ({"labels": ", ".join(p.labels), "shots": p.shots, "calibrate": p.calibrate} if p.labels else {}) | \
+    sampling = {"temperature": p.temperature, "max_new_tokens": p.max_new_tokens, "seed": p.seed} | ({"labels": ", ".join(p.labels), "shots": p.shots, "draws": p.draws, "calibrate": p.calibrate, "prior": p.prior or None} if p.labels else {}) | \
                ({"self_consistency": p.self_consistency, "near_duplicate": p.near_duplicate} if p.task == "cot" else {"cut_off": p.cut_off})
     name = source_name(p.teacher.name) if isinstance(p.teacher, ModelSpec) else str(p.teacher)
     return {"task": p.task, "teacher": name, "teacher_models": sorted(models), "source": source_name(p.data), "license": None if isinstance(p.data, str) else p.data.license, "prompts": ({"system": p.system} if p.system else {}) | job.templates,
-            "sampling": sampling, "bill": journal.bill(job.price and job.price.cost), "example": example.messages} | {k: found[k] for k in ("rows", "dropped", "agreement") if k in found}
+            "sampling": sampling, "bill": journal.bill(job.price and job.price.cost), "example": show_request(example)} | {k: found[k] for k in ("rows", "dropped", "agreement") if k in found}
 
 def annotate(
     params:AnnotateParams, # checked parameters

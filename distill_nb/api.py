@@ -77,7 +77,7 @@ def request_body(
 
 def worst_case(meter:Meter, request:Request)->Usage:
     "The most that a call can cost"
-    return meter.usage(prompt_bound(request.messages, request.schema), request.max_new_tokens)
+    return meter.usage(prompt_bound(request.sent, request.schema), request.max_new_tokens)
 
 # %% ../nbs/03d_api.ipynb #c011
 @dataclass

@@ -125,7 +125,7 @@ class Progress:
         now = time.monotonic()
         if self.said is None or self.done == self.total or now - self.said > self.every:
             rate = (self.meter.paid.completion_tokens - self.before) / max(now - self.start, 1e-9)
-            log(f"teacher: {self.done} of {self.total} answers, {rate:.0f} tokens/s, {self.meter}{note}")
+            log(f"teacher: {self.done} of {self.total} answers, " + (f"{rate:.0f} tokens/s, " if rate else "") + f"{self.meter}{note}")
             self.said = now
 
     def __enter__(self): return self

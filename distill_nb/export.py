@@ -101,7 +101,7 @@ def write_card(
              "## Source", f"Rows from `{f['source']}`. Licence of the source: {f['license'] or 'not stated; find out before you share this'}.",
              "## Teacher", f"{f['teacher']}" + (f"; the server called itself {', '.join(f['teacher_models'])}" if f["teacher_models"] else "") + ".",
              table(("sampling", ""), f["sampling"].items()), "## Prompts", *[f"`{name}`\n\n{fenced(text)}" for name, text in f["prompts"].items()],
-             "What was sent for one row:", fenced("\n".join(f"[{m['role']}] {m['content']}" for m in f["example"])),
+             "What was sent for one row:", fenced(f["example"]),
              "## Rows", table(("split", "rows"), f["rows"].items()), table(("dropped because", "rows"), f["dropped"].items()) if f["dropped"] else "None was dropped.",
              "## Cost", f"{bill.prompt_tokens:,} tokens in, {bill.completion_tokens:,} out, " + ("at an unknown price." if bill.cost is None else f"${bill.cost:.4f}." if bill.cost else "nothing paid.")]
     if (a := f.get("agreement")) and a["n"]:

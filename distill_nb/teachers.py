@@ -10,6 +10,7 @@ __all__ = ['BATCH_CALLS', 'BATCH_BYTES', 'TEACHERS', 'TeacherRef', 'model_identi
 
 # %% ../nbs/03e_teachers.ipynb #c002
 import importlib.util, itertools, json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Iterable, Iterator, Literal
 
@@ -45,8 +46,8 @@ def local_entries(
     name:str, # for the journal
 )->Iterator[list[tuple]]: # entries of one batch
     "Let a loaded model answer: labels are scored, the rest is written"
-    same = lambda r: (r[0].labels, r[0].max_new_tokens, r[0].temperature)
-    for (labels, limit, temperature), group in itertools.groupby(sorted(requests, key=same), same):
+    same = lambda r: (r[0].labels, len(r[0].starts), r[0].max_new_tokens, r[0].temperature)
+    for (labels, _, limit, temperature), group in itertools.groupby(sorted(requests, key=same), same):
         group = list(group)
         answers = label_batches(model, tokenizer, [r for r, _ in group], batch_size) if labels else generate_batches(model, tokenizer, [r.messages for r, _ in group], limit, batch_size, temperature)
         for batch, bodies in answers:
@@ -59,16 +60,19 @@ def label_batches(
     requests:list[Request], # with the same labels
     batch_size:int, # rows together
 )->Iterator[tuple[list[int], list[dict]]]: # indices into `requests`, and their answers
-    "Score every label as the continuation of every prompt"
-    prompts, labels = [render_prompt(tokenizer, r.messages) for r in requests], requests[0].labels
-    for start in range(0, len(prompts), 8 * batch_size):
-        some = prompts[start:start + 8 * batch_size]
+    "Score every label as the continuation of every prompt, once for each draw of examples"
+    labels = requests[0].labels
+    for start in range(0, len(requests), 8 * batch_size):
+        some, opinions, used = requests[start:start + 8 * batch_size], [], Counter()
+        for draw in range(max(1, len(some[0].starts))):
+            prompts = [render_prompt(tokenizer, r.messages) + (r.starts[draw] if r.starts else "") for r in some]
+            scores = score_continuations(model, tokenizer, prompts, [f" {l}" if some[0].starts else l for l in labels], batch_size)
+            opinions.append([softmax(dict(zip(labels, s))) for s in scores])
+            used.update({i: len(tokens) for i, tokens in enumerate(tokenizer(prompts, add_special_tokens=False)["input_ids"])})
         bodies = []
-        for scores in score_continuations(model, tokenizer, some, list(labels), batch_size):
-            by = dict(zip(labels, scores))
-            best = max(by, key=by.get)
-            bodies.append({"text": best, "label": best, "probabilities": softmax(by), "finish_reason": "stop", "tokens": 0, "prompt_tokens": 0})
-        for body, tokens in zip(bodies, tokenizer(some, add_special_tokens=False)["input_ids"]): body["prompt_tokens"] = len(tokens)
+        for i, draws in enumerate(zip(*opinions)):
+            best = max(together := opinion(draws), key=together.get)
+            bodies.append({"text": best, "label": best, "probabilities": together, "draws": draws, "finish_reason": "stop", "tokens": 0, "prompt_tokens": used[i]})
         yield list(range(start, start + len(some))), bodies
 
 # %% ../nbs/03e_teachers.ipynb #c008

@@ -178,7 +178,7 @@ def test_a_local_teacher_labels_by_scoring(tmp_path, model):
     free = run_stage(tmp_path, **values, calibrate="content-free")
     with journal.Journal(tmp_path/"out"/"journal.sqlite") as j: assert j.count() == 28
     batch = run_stage(tmp_path, **values, calibrate="batch")
-    assert free["bias"] != batch["bias"] and sum(batch["bias"].values()) == pytest.approx(1)
+    assert free["biases"] != batch["biases"] and sum(batch["biases"][0].values()) == pytest.approx(1)
     with journal.Journal(tmp_path/"out"/"journal.sqlite") as j: assert j.count() == 28
 
 
