@@ -103,7 +103,7 @@ def judge_response(
     usage = read_usage(response, meter)
     if isinstance(response, str) or not getattr(response, "choices", None): return Verdict("again", "malformed response", usage)
     choice = response.choices[0]
-    text, refusal = choice.message.content or "", getattr(choice.message, "refusal", None)
+    text, refusal = (choice.message.content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace"), getattr(choice.message, "refusal", None)
     body = {"text": text.strip(), "finish_reason": choice.finish_reason, "model": response.model, "tokens": usage.completion_tokens if usage else request.max_new_tokens}
     keep = lambda problem: Verdict("answer", problem, usage, body | {"problem": problem})
     if refusal or choice.finish_reason == "content_filter": return keep("refused")

@@ -47,14 +47,16 @@ def atomic_path(
 ):
     "Give a temporary path to write to; on success flush it to disk and rename it to `path`, on an error remove it"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a killed process of the same number may have left one
         yield temporary
         with open(temporary, "rb") as f: os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e: raise DistillError(f"{path}: cannot be written: {e.strerror or e}") from e
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError): temporary.unlink()
 
 # %% ../nbs/00_core.ipynb #c016
 def write_text(
