@@ -332,6 +332,7 @@ def _launch(self:Caller, tasks:set)->bool: # whether it went out
     self.held = None
     return True
 
+# %% ../nbs/03d_api.ipynb #c026
 @patch
 async def run(self:Caller,
     requests:Iterable[tuple[Request, str]], # calls and their keys, taken as they are needed
@@ -353,7 +354,7 @@ async def run(self:Caller,
     if self.stopped: raise self.stopped
     return self.failures
 
-# %% ../nbs/03d_api.ipynb #c026
+# %% ../nbs/03d_api.ipynb #c028
 def call_all(
     caller:Caller, # teacher, journal, meter
     requests:Iterable[tuple[Request, str]], # calls and their keys

@@ -300,6 +300,7 @@ def load_splits(
     try: return split_rows(rows, spec), dropped
     except DistillError as e: raise DistillError(f"{spec.path}: {str(e).removeprefix(spec.path + ': ')}") from None
 
+# %% ../nbs/02_data.ipynb #c028b
 def check_split(
     splits:dict[str, list[dict]], # from `load_splits`
     split:str, # train, validation or test

@@ -144,6 +144,7 @@ def entry_sum(*e)->str: # as `check_line`
 
 def _tables(db:sqlite3.Connection)->set: return set(db.execute("select type, name, tbl_name, sql from sqlite_master"))
 
+# %% ../nbs/03a_journal.ipynb #c017
 def open_database(
     path:Path, # the journal's file
 )->sqlite3.Connection:
@@ -162,7 +163,7 @@ def open_database(
     db.execute("pragma user_version = 1")  # that it can be written
     return db
 
-# %% ../nbs/03a_journal.ipynb #c016
+# %% ../nbs/03a_journal.ipynb #c018
 class Journal:
     "What was paid for, on disk before it is used"
     def __init__(self,
@@ -202,7 +203,7 @@ class Journal:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../nbs/03a_journal.ipynb #c018
+# %% ../nbs/03a_journal.ipynb #c020
 from fastcore.basics import patch
 
 @patch
@@ -237,6 +238,7 @@ def put(self:Journal,
     "Add entries"
     self.write([(INSERT, e) for e in entries])
 
+# %% ../nbs/03a_journal.ipynb #c022
 @patch
 async def commit(self:Journal,
     *operations, # (sql, values) pairs
@@ -261,7 +263,7 @@ def _flush(self:Journal):
     for (_, done), e in zip(batch, said):
         if not done.done(): done.set_exception(e or full) if e or full else done.set_result(None)
 
-# %% ../nbs/03a_journal.ipynb #c019
+# %% ../nbs/03a_journal.ipynb #c023
 def begin(
     id:str, # of this attempt
     key:str, # of the call
@@ -297,7 +299,7 @@ def count(self:Journal, kind:str="answer")->int: # entries of a kind
     "How many there are"
     with self.busy: return self.db.execute("select count(*) from entries where kind = ?", [kind]).fetchone()[0]
 
-# %% ../nbs/03a_journal.ipynb #c021
+# %% ../nbs/03a_journal.ipynb #c025
 @patch
 def _open(self:Journal)->sqlite3.Connection:
     files = [Path(f"{self.path}{end}") for end in ("", "-wal", "-shm")]
@@ -317,6 +319,7 @@ def _open(self:Journal)->sqlite3.Connection:
 
 NOT_DAMAGE = {sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}
 
+# %% ../nbs/03a_journal.ipynb #c027
 def salvage(
     path:Path, # a damaged journal
 )->tuple[list[tuple], list[tuple]]: # entries that can be read, whole ones only, and calls that were in flight
@@ -337,6 +340,7 @@ def salvage(
                         if [type(v) for v in row[:4]] == [bytes, bytes, int, int] and isinstance(row[4], float | None): pending[row[0]] = text(row)
     return [*entries.values()], [*pending.values()]
 
+# %% ../nbs/03a_journal.ipynb #c029
 @patch
 def _restore(self:Journal):
     if self.copies: self.copies.bring(self.folder)
@@ -365,7 +369,7 @@ def _settle_pending(self:Journal):
         self.db.execute("delete from pending")
     log(f"journal: calls in flight when an earlier run ended, counted at their worst case: {len(left)}")
 
-# %% ../nbs/03a_journal.ipynb #c023
+# %% ../nbs/03a_journal.ipynb #c031
 def shard_number(file:Path)->int:
     "The number in a shard's name"
     return int(file.stem.split("-")[1])

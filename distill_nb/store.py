@@ -92,6 +92,7 @@ def content_hash(db:sqlite3.Connection, dropped:str)->str:
     for row in db.execute("select n, id, split, key, row from rows order by n"): h.update(repr(row).encode())
     return h.hexdigest()
 
+# %% ../nbs/02a_store.ipynb #c011
 class RowStore:
     "Rows on disk"
     def __init__(self,
@@ -134,7 +135,7 @@ class RowStore:
 
     def close(self): self.db.close()
 
-# %% ../nbs/02a_store.ipynb #c012
+# %% ../nbs/02a_store.ipynb #c014
 ANSWERS = "(select id, body from answered.entries where kind = 'answer')"
 
 def attach(

@@ -191,6 +191,7 @@ def read_result(
     try: return judge_response(ChatCompletion.model_validate(response.get("body")), request, meter)
     except ValueError: return Verdict("fail", "malformed response", None)
 
+# %% ../nbs/03e_teachers.ipynb #c015
 BATCH_CALLS, BATCH_BYTES = 50_000, 180_000_000  # a provider's limits for one file, with some room
 
 def answer_by_batch(
@@ -233,7 +234,7 @@ def write_batch(folder:Path, lines:list[str])->list[Path]:
         if line is not None: part.append(line); size += len(line.encode())
     return files
 
-# %% ../nbs/03e_teachers.ipynb #c018
+# %% ../nbs/03e_teachers.ipynb #c020
 class Recording(TeacherSpec):
     "A finished annotation, played back"
     paths: ClassVar = ("recording",)
@@ -271,7 +272,7 @@ def answer_from_recording(
         progress.step(len(batch))
     return failures
 
-# %% ../nbs/03e_teachers.ipynb #c021
+# %% ../nbs/03e_teachers.ipynb #c023
 TEACHERS = {"api": ApiTeacher, "batch": BatchTeacher, "recording": Recording}
 
 def teacher_kind(v:Any)->str:

@@ -36,6 +36,9 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["distill_nb.annotate", "openai", "genai_prices"])  # what is killed twenty times should not import twenty times
 
 
+def known(bug): return pytest.mark.xfail(strict=True, reason=bug)
+
+
 # Rows, a run of the stage, and what it left
 
 def questions(n, start=0):
@@ -392,28 +395,33 @@ def test_twenty_kills_lose_no_answer_that_was_kept_and_pay_twice_for_calls_in_fl
 
 
 INTERRUPTED = """
-import sys
+import os, signal, sys
+from distill_nb import api
 from distill_nb.annotate import AnnotateParams, annotate
+say = api.log
+def twice(line):
+    say(line)
+    if line.startswith("interrupted"): os.kill(os.getpid(), signal.SIGINT)
+if sys.argv[2] == "twice": api.log = twice
 annotate(AnnotateParams.model_validate_json(sys.argv[1]))
 """
 
 
 @pytest.fixture
 def interrupted(work):
-    "Start the stage as a program, press Ctrl-C when four calls are on their way, and again for `times`; gives what it said"
-    def press(rows, times):
-        params = work.params(rows)
-        run = subprocess.Popen([sys.executable, "-c", INTERRUPTED, params.model_dump_json()], env=environment(None), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-        lines, heard = [], threading.Event()
+    "Start the stage as a program, press Ctrl-C when four calls are on their way, and so often; gives what it said"
+    def press(rows, often="once"):
+        params, lines, heard = work.params(rows), [], threading.Event()
+        run = subprocess.Popen([sys.executable, "-c", INTERRUPTED, params.model_dump_json(), often], env=environment(None), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         def listen():
             for line in run.stdout: lines.append(line); "interrupted: waiting" in line and heard.set()
         reader = threading.Thread(target=listen, daemon=True)
         reader.start()
         try:
             until(lambda: work.api.stats()["in_flight"] == 4 or run.poll() is not None, "four calls on their way", lambda: "".join(lines))
-            for _ in range(times):
-                run.send_signal(signal.SIGINT)
-                assert heard.wait(DEADLINE), lines
+            run.send_signal(signal.SIGINT)
+            assert heard.wait(DEADLINE), lines
+            if often == "again": time.sleep(0.3); run.send_signal(signal.SIGINT)  # a person presses after having read the line
             assert run.wait(60) in (-signal.SIGINT, 1, 130), lines
         finally: run.kill()
         reader.join(60)
@@ -424,7 +432,7 @@ def interrupted(work):
 def test_ctrl_c_waits_for_the_calls_on_their_way_and_keeps_them(work, interrupted):
     work.api.configure(latency=1.5)
     rows = questions(12)
-    out = interrupted(rows, 1)
+    out = interrupted(rows)
     stats = work.api.stats()
     assert "KeyboardInterrupt" in out and stats["requests"] == stats["billed"] == len(work.kept) == 4
     assert not work.query("select * from pending") and work.bill == billed(work.api)
@@ -433,11 +441,13 @@ def test_ctrl_c_waits_for_the_calls_on_their_way_and_keeps_them(work, interrupte
     assert work.answers == said_all(rows) and {*work.api.stats()["by_content"].values()} == {1}
 
 
-def test_a_second_ctrl_c_gives_the_calls_up_and_they_are_counted_as_lost(work, interrupted):
+@pytest.mark.parametrize("often", ["again", pytest.param("twice", marks=known("a second Ctrl-C while the first is being announced is lost: the calls are waited for"))])
+def test_a_second_ctrl_c_gives_the_calls_up_and_they_are_counted_as_lost(often, work, interrupted):
+    work.api.configure(hang=8)  # an answer that comes after all is one that was waited for
     rows = {i: t + " [[timeoutx1]]" for i, t in questions(12).items()}
-    interrupted(rows, 2)
+    interrupted(rows, often)
     assert work.api.stats()["requests"] == 4 and not work.kept
-    work.annotate(teacher={"timeout": 2}, **{"max_failed": 1})
+    work.annotate(teacher={"timeout": 2})
     assert work.answers == said_all(rows) and work.bill >= billed(work.api)
     assert work.query("select count(*) from entries where body like '%in flight when an earlier run ended%'") == [(4,)]
 
@@ -448,7 +458,7 @@ CHAOS = {"drop": 0.08, "malformed": 0.05, "noreply_usage": 0.1, "empty": 0.04, "
 
 
 @pytest.mark.parametrize("faults", [{}, CHAOS], ids=["calm", "chaos"])
-@pytest.mark.parametrize("cap", [0, 200, 1000, 3000])
+@pytest.mark.parametrize("cap", [0, 200, 1500])
 def test_no_more_tokens_are_billed_than_max_tokens(cap, faults, work, quick):
     work.api.configure(p=faults)
     rows, teacher = questions((cap + 1000) // 15), {"tries": 20}  # more than the raised cap pays for, at 19 tokens a row
@@ -626,9 +636,9 @@ def test_the_pace_adapts_to_what_the_server_allows(limits, teacher, work, monkey
         return note(self, verdict, now)
     monkeypatch.setattr(Endpoint, "note", noted)
     work.api.configure(**limits)
-    work.annotate(questions(400), teacher=teacher)
+    work.annotate(questions(300), teacher=teacher)
     stats, half = work.api.stats(), len(limited) // 2
-    assert work.answers == said_all(questions(400)) and not work.failures and stats["billed"] == 400
+    assert work.answers == said_all(questions(300)) and not work.failures and stats["billed"] == 300
     assert stats["max_in_flight"] <= 32 and sum(limited) == stats["by_status"]["429"] > 0
     first, second = sum(limited[:half]) / half, sum(limited[half:]) / (len(limited) - half)
     assert second < 0.75 * first, f"{first:.2f} of the calls were refused in the first half, {second:.2f} in the second"
@@ -779,9 +789,6 @@ def test_labels_whose_first_token_is_the_same_have_no_probabilities_rather_than_
 
 
 # Bugs that are known: a mark goes when its bug does
-
-def known(why): return pytest.mark.xfail(strict=True, reason=why)
-
 
 @known("the error of a commit other than DistillError is lost, and everybody waits for ever")
 def test_half_a_character_in_an_answer_stops_nobody(work):
