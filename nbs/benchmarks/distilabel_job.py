@@ -1,8 +1,8 @@
 """The same job in distilabel, for the benchmark notebook to call with the Python of distilabel's own environment.
 
-    python -m venv /tmp/distilabel-venv
-    /tmp/distilabel-venv/bin/pip install "distilabel[openai]==1.5.3" requests
-    /tmp/distilabel-venv/bin/python distilabel_job.py http://127.0.0.1:PORT/v1 1000 32
+    python -m venv distilabel-venv
+    distilabel-venv/bin/pip install "distilabel[openai]==1.5.3" requests
+    distilabel-venv/bin/python distilabel_job.py http://127.0.0.1:PORT/v1 1000 32
 
 Without beautifulsoup4: with it, distilabel looks up references on the internet at the end of a run.
 The last line of output is JSON: rows asked for, rows answered, `seconds` of the pipeline run, `total` seconds with imports and set-up.
