@@ -83,6 +83,8 @@ def check_together(p:"AnnotateParams"):
     try: templates_for(p.task, p.prompts)
     except DistillError as e: raise ValueError(str(e)) from None
     if p.task == "classify" and (len(set(p.labels)) < 2 or len(set(p.labels)) < len(p.labels) or not all(l.strip() for l in p.labels)): raise ValueError("labels: classify needs two different labels at least, each once")
+    if p.task != "classify" and (p.labels or p.calibrate): raise ValueError(f"labels and calibrate: are for task: classify, not for {p.task}")
+    if p.calibrate and not p.probabilities: raise ValueError("calibrate: needs probabilities: true")
     if bool(p.shots) != bool(p.examples): raise ValueError("examples and shots: each needs the other, as examples: {path: labelled.jsonl} and shots: 2")
     if p.draws > 1 and (not p.shots or isinstance(p.teacher, TeacherSpec)): raise ValueError("draws: are sets of examples for a local teacher; give examples and shots")
     if p.prior and (p.calibrate != "batch" or set(p.prior) != set(p.labels) or min(p.prior.values()) <= 0 or abs(sum(p.prior.values()) - 1) > 0.01):
@@ -271,6 +273,7 @@ def ask_rows(
     "Get an answer for every row, and for the texts without content that calibration needs"
     total, left = find_waiting(store, journal.path)
     free = [(r, r.key(job.identity)) for r in map(job.label_request, CONTENT_FREE)] if job.params.calibrate == "content-free" else []
+    free = [(r, k) for r, k in free if not store.db.execute("select 1 from rows where key = ?", [k]).fetchone()]  # a row with such a text is asked anyway
     more = [(r, k) for r, k in free if journal.get(k) is None]
     todo = lambda: itertools.chain(more, ((job.request(row), key) for key, row in waiting_rows(store)))
     return ask_all(job, journal, total + len(free), todo, left + len(more))
@@ -356,7 +359,7 @@ def write_rows(
         if store.counts[split] and not counts[split]: raise DistillError(f"no usable answer is left for {split}: {dict(dropped)}; raise max_new_tokens, or set cut_off: keep")
     every = lambda: ((s, row, found) for s in SPLITS for row, found in usable(s))
     if job.labels:
-        columns = ["id", "text", "label", "label_text"] + ([f"p_{l}" for l in job.labels] if any("probabilities" in f for _, _, f in itertools.islice(every(), 100)) else [])
+        columns = ["id", "text", "label", "label_text"] + ([f"p_{l}" for l in job.labels] if any("probabilities" in f for _, _, f in every()) else [])
         write_tables(out, "annotations", (label_row(job, row, found) for _, row, found in every()), columns, job.params.csv_rows)
     else: write_array(out/"distilled_chat"/"train_distilled.json", ({"messages": student_row(job, row, found)["messages"]} for row, found in usable("train")))
     write_sheet(out/"for_people.csv", ({"id": row["id"], "split": s, "text": question(row)[-1]["content"], "answer": found["text"]} for s, row, found in every()), ["id", "split", "text", "answer"])

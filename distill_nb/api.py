@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPENAI', 'KEYS', 'Addresses', 'USELESS', 'IN_A_ROW', 'ApiTeacher', 'request_body', 'worst_case', 'Verdict',
-           'read_usage', 'judge_response', 'retry_after', 'judge_status', 'judge_error', 'Endpoint', 'Attempt',
+           'read_usage', 'whole', 'judge_response', 'retry_after', 'judge_status', 'judge_error', 'Endpoint', 'Attempt',
            'backoff', 'make_endpoint', 'Caller', 'call_all']
 
 # %% ../nbs/03d_api.ipynb #c002
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Iterable
 from urllib.parse import urlsplit
 
 from fastcore.basics import patch
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from .core import *
@@ -51,13 +51,21 @@ class ApiTeacher(TeacherSpec):
     @property
     def identity(self)->dict: return {"api": self.api, "extra": self.extra}  # another server with the same model is the same teacher
 
+    @field_validator("extra")
+    @classmethod
+    def _leaves_ours_alone(cls, v):
+        if ours := sorted({"model", "messages", "stream", "n", "max_tokens", "max_completion_tokens"} & v.keys()): raise ValueError(f"{', '.join(ours)}: is ours, since the caps depend on it; set api or max_new_tokens instead")
+        return v
+
     def secret_name(self, address:str)->str|None: return self.key or KEYS.get(urlsplit(address).hostname)
 
     def find_price(self)->Price|None: return self.price or find_price(self.api, self.address[0])
 
     def check(self, keys=True):
         for address in self.address if keys else ():
-            if (name := self.secret_name(address)) and not secret(name): raise DistillError(f"{name} is not set: put the key for {address} into the environment, or into the secrets of Colab or Kaggle")
+            if not (name := self.secret_name(address)): continue
+            if not (found := secret(name)): raise DistillError(f"{name} is not set: put the key for {address} into the environment, or into the secrets of Colab or Kaggle")
+            if not re.fullmatch(r"[!-~]+", found.get_secret_value()): raise DistillError(f"{name}: holds a space, a line break or a letter that no key has; set it again")
 
     def __str__(self): return f"{self.api} at {', '.join(self.address)}"
 
@@ -92,7 +100,12 @@ class Verdict:
 def read_usage(response:Any, meter:Meter)->Usage|None: # None: the server did not say
     "Tokens and dollars of a response"
     u = getattr(response, "usage", None)
-    return meter.usage(u.prompt_tokens or 0, u.completion_tokens or 0) if u else None
+    said = [getattr(u, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    return meter.usage(*said) if all(isinstance(n, int) and 0 <= n < 2**40 for n in said) and any(said) else None
+
+def whole(text:str)->str:
+    "Text without halves of characters, which no file can keep"
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 def judge_response(
     response:Any, # what the client returned
@@ -103,8 +116,8 @@ def judge_response(
     usage = read_usage(response, meter)
     if isinstance(response, str) or not getattr(response, "choices", None): return Verdict("again", "malformed response", usage)
     choice = response.choices[0]
-    text, refusal = (choice.message.content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace"), getattr(choice.message, "refusal", None)
-    body = {"text": text.strip(), "finish_reason": choice.finish_reason, "model": response.model, "tokens": usage.completion_tokens if usage else request.max_new_tokens}
+    text, refusal = whole(choice.message.content or ""), getattr(choice.message, "refusal", None)
+    body = {"text": text.strip(), "finish_reason": choice.finish_reason, "model": whole(str(response.model)), "tokens": usage.completion_tokens if usage else request.max_new_tokens}
     keep = lambda problem: Verdict("answer", problem, usage, body | {"problem": problem})
     if refusal or choice.finish_reason == "content_filter": return keep("refused")
     if choice.finish_reason == "length" and (request.labels or not body["text"]): return keep("cut off")
@@ -228,9 +241,13 @@ class Caller:
 @patch
 async def _ask(self:Caller, a:Attempt, endpoint:Endpoint)->Verdict:
     "One call, judged"
-    try: response = await endpoint.client.chat.completions.create(model=self.teacher.api, messages=a.request.messages, extra_body=request_body(self.teacher, a.request, endpoint.address))
+    try:
+        async with asyncio.timeout(self.teacher.timeout):  # the client's own begins anew with every byte
+            response = await endpoint.client.chat.completions.create(model=self.teacher.api, messages=a.request.messages, extra_body=request_body(self.teacher, a.request, endpoint.address))
+    except TimeoutError: return Verdict("again", "timed out", None)
     except Exception as e: return judge_error(e, endpoint.hidden)  # what it does not know, it raises again
-    return judge_response(response, a.request, self.meter)
+    try: return judge_response(response, a.request, self.meter)
+    except (AttributeError, TypeError, LookupError, ValueError, ArithmeticError): return Verdict("again", "malformed response", None)  # JSON of another shape
 
 @patch
 def _release(self:Caller, endpoint:Endpoint):
@@ -284,7 +301,9 @@ def _follow(self:Caller, a:Attempt, verdict:Verdict):
     "Act on a verdict"
     now = time.monotonic()
     if verdict.what == "answer":
-        self.in_a_row = 0
+        problem = verdict.body.get("problem")
+        self.in_a_row = self.in_a_row + 1 if problem else 0
+        if self.in_a_row >= IN_A_ROW: self._stop(f"{self.in_a_row} rows failed one after the other; the last: {problem}")
         fewer = f", {sum(int(e.limit) for e in self.endpoints)} at once" if any(e.limit < e.most for e in self.endpoints) else ""
         self.progress.step(note=fewer)
     elif verdict.what == "stop": self._stop(verdict.reason)
@@ -299,7 +318,8 @@ def _follow(self:Caller, a:Attempt, verdict:Verdict):
         else: self._later(a, 0)
     else:
         a.tries += 1
-        if a.tries >= self.teacher.tries: self._fail(a, f"{verdict.reason}, {a.tries} times")
+        if (verdict.wait or 0) > self.teacher.patience: self._fail(a, f"{verdict.reason}, and not again before {verdict.wait:g} s")
+        elif a.tries >= self.teacher.tries: self._fail(a, f"{verdict.reason}, {a.tries} times")
         else: self._later(a, max(verdict.wait or 0, backoff(a.tries - 1)))
 
 # %% ../nbs/03d_api.ipynb #c024
@@ -346,7 +366,7 @@ async def run(self:Caller,
             self.held = self._next(source)
             if self.held and self._launch(tasks): continue
             if not self.held and not tasks and not self.waiting or self.stopped: break
-            until = [a.due for a in self.waiting[:1]] + [e.paused for e in self.endpoints if e.paused > time.monotonic()]
+            until = [a.due for a in self.waiting[:1] if not self.held] + [e.paused for e in self.endpoints if e.paused > time.monotonic()]
             try: await asyncio.wait_for(self.wake.wait(), max(0.001, min(until) - time.monotonic()) if until else None)
             except TimeoutError: pass
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -365,9 +385,10 @@ def call_all(
         try: return done.result()
         except KeyboardInterrupt as e:
             caller.stopped = caller.stopped or e
-            if caller.loop: caller.loop.call_soon_threadsafe(caller.wake.set)
-            log("interrupted: waiting for the calls on their way; once more, and they are given up")
-            try: return done.result()
+            try:
+                if caller.loop: caller.loop.call_soon_threadsafe(caller.wake.set)
+                log("interrupted: waiting for the calls on their way; once more, and they are given up")
+                return done.result()
             except KeyboardInterrupt:
                 for task in asyncio.all_tasks(caller.loop): caller.loop.call_soon_threadsafe(task.cancel)
                 raise

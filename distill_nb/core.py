@@ -361,7 +361,7 @@ def secret(
     source = {"colab": _from_colab, "kaggle": _from_kaggle}.get(platform_name())
     if not value and source:
         with contextlib.suppress(Exception): value = source(name)  # both clients raise classes of their own for "not set"
-    return SecretStr(value) if value else None
+    return SecretStr(value.strip()) if value and value.strip() else None  # a key that was read from a file ends with a line break
 
 # %% ../nbs/00_core.ipynb #c047
 def shipped_dir(

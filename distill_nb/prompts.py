@@ -148,8 +148,9 @@ def read_label(
 )->str|None: # None where it is none of them
     "Read a label out of an answer"
     try: found = json.loads(text)
-    except ValueError: found = text.strip().strip("\"'`.").strip()
-    if isinstance(found, dict): found = found.get("label")
+    except ValueError: found = None
+    found = found.get("label") if isinstance(found, dict) else text.strip().strip("\"'`.").strip()
+    if not isinstance(found, str): found = json.dumps(found)  # a label that is a number or a bool as well
     if found in labels: return found
     same = [l for l in labels if isinstance(found, str) and l.casefold() == found.casefold()]
     return same[0] if len(same) == 1 else None
@@ -174,7 +175,8 @@ def label_probabilities(
         if len(fits) == 1: mass[fits[0]] += math.exp(top["logprob"])
         elif fits: unclear += math.exp(top["logprob"])
     if not mass[label] or unclear > 0.01: return None
-    least = math.exp(min(top["logprob"] for top in t["top_logprobs"]))
+    listed = [math.exp(top["logprob"]) for top in t["top_logprobs"]]
+    least = min(*listed, max(0.0, 1 - sum(listed)))  # what is not listed has no more than the least that is, and no more than is left
     return normalise({l: m or least for l, m in mass.items()})
 
 def normalise(weights:dict[str, float])->dict[str, float]: # sums to 1
