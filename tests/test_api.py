@@ -36,9 +36,6 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["distill_nb.annotate", "openai", "genai_prices"])  # what is killed twenty times should not import twenty times
 
 
-def known(bug): return pytest.mark.xfail(strict=True, reason=bug)
-
-
 # Rows, a run of the stage, and what it left
 
 def questions(n, start=0):
@@ -441,7 +438,7 @@ def test_ctrl_c_waits_for_the_calls_on_their_way_and_keeps_them(work, interrupte
     assert work.answers == said_all(rows) and {*work.api.stats()["by_content"].values()} == {1}
 
 
-@pytest.mark.parametrize("often", ["again", pytest.param("twice", marks=known("a second Ctrl-C while the first is being announced is lost: the calls are waited for"))])
+@pytest.mark.parametrize("often", ["again", "twice"])
 def test_a_second_ctrl_c_gives_the_calls_up_and_they_are_counted_as_lost(often, work, interrupted):
     work.api.configure(hang=8)  # an answer that comes after all is one that was waited for
     rows = {i: t + " [[timeoutx1]]" for i, t in questions(12).items()}
@@ -797,7 +794,6 @@ def test_labels_whose_first_token_is_the_same_have_no_probabilities_rather_than_
 
 # Bugs that are known: a mark goes when its bug does
 
-@known("the name is written into the journal as it is: UnicodeEncodeError")
 def test_half_a_character_in_the_name_of_the_model_stops_nobody(scripted, tmp_path):
     work = Work(tmp_path, scripted({"choices": [{"message": MESSAGE, "finish_reason": "stop"}], "usage": USED, "model": "m\ud83d"}))
     work.annotate(questions(3))
@@ -811,7 +807,6 @@ ODD_CHOICES = {"null": [None], "no message": [{}], "a message that is null": [{"
                "a logprob that is null": [{"message": MESSAGE, "logprobs": {"content": [{"token": MESSAGE["content"], "top_logprobs": [{"token": MESSAGE["content"], "logprob": None}]}]}}]}
 
 
-@known("judge_response takes JSON for what it should be, and the run ends with AttributeError, KeyError or TypeError; so does every run after it")
 @pytest.mark.parametrize("choices", ODD_CHOICES)
 def test_json_of_another_shape_is_one_more_malformed_response(choices, scripted, tmp_path, quick):
     work = Work(tmp_path, scripted({"choices": ODD_CHOICES[choices], "usage": USED, "model": "m"}))
@@ -824,7 +819,6 @@ ODD_USAGE = {"strings": {"prompt_tokens": "30", "completion_tokens": "6"}, "empt
              "more than a file holds": {"prompt_tokens": 10**30, "completion_tokens": 6}}
 
 
-@known("whatever usage says is taken for a number of tokens: nothing, less than nothing, or what sqlite cannot hold")
 @pytest.mark.parametrize("usage", ODD_USAGE)
 def test_usage_that_makes_no_sense_counts_as_the_worst_case(usage, scripted, tmp_path):
     work = Work(tmp_path, scripted({"choices": [{"message": MESSAGE, "finish_reason": "stop"}], "usage": ODD_USAGE[usage], "model": "m"}))
@@ -832,7 +826,6 @@ def test_usage_that_makes_no_sense_counts_as_the_worst_case(usage, scripted, tmp
     assert len(work.answers) == 3 and 3 * 64 < work.bill < 1000
 
 
-@known("timeout is httpx's, which starts again with every byte")
 def test_a_server_that_keeps_the_line_warm_is_given_up_too(tmp_path):
     def drip(self):
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -849,21 +842,18 @@ def test_a_server_that_keeps_the_line_warm_is_given_up_too(tmp_path):
     finally: over.set(); server.shutdown(); server.server_close()
 
 
-@known("patience bounds the wait of a 429 only")
 def test_a_server_error_that_asks_for_a_day_is_not_waited_for(scripted, tmp_path):
     work = Work(tmp_path, scripted({"error": {"message": "maintenance"}}, 503, Retry_After="86400"))
     finish(work.params(questions(3), teacher={"tries": 2, "patience": 1}), 5, status=1)
     assert {*map(type, work.failures.values())} == {str} and all("503" in r for r in work.failures.values()) and len(work.failures) == 3
 
 
-@known("a row whose text is one of CONTENT_FREE is asked twice, and its second answer is paid for and not counted")
 def test_a_row_that_is_also_a_text_without_content_is_asked_once(work):
     result = work.annotate({"a": "N/A", "b": "[MASK]", "c": "Fine."}, task="classify", labels=LABELS, calibrate="content-free")
     assert work.api.stats()["requests"] == 4 and {*work.api.stats()["by_content"].values()} == {1} and len(work.answers) == 3
     assert result["prompt_tokens"] + result["tokens"] == work.bill == billed(work.api)
 
 
-@known("extra wins over max_tokens and n, which the worst case does not know")
 @pytest.mark.parametrize("extra", [{"max_tokens": 4000}, {"max_completion_tokens": 4000}, {"n": 30}])
 def test_a_field_of_the_request_does_not_lead_past_the_cap(extra, work):
     "Refused, or counted: no matter which"
@@ -872,7 +862,6 @@ def test_a_field_of_the_request_does_not_lead_past_the_cap(extra, work):
     assert billed(work.api) <= 900
 
 
-@known("a bare label that is also JSON, as 1 or true, is read as a number or a bool")
 @pytest.mark.parametrize("labels, bare", [(["1", "2"], "2"), (["true", "false"], "true"), (["null", "some"], "null"), (["1", "2"], '{"label": 2}')])
 def test_a_label_that_is_also_a_number_is_a_label(labels, bare, work, quick):
     work.api.configure(canned=[{"contains": "Question", "content": bare}])
@@ -880,7 +869,6 @@ def test_a_label_that_is_also_a_number_is_a_label(labels, bare, work, quick):
     assert {*work.answers.values()} == {labels[1] if "2" in bare else labels[0]} and work.api.stats()["requests"] == 3
 
 
-@known("the columns are those of the first hundred rows")
 def test_probabilities_that_begin_after_the_first_hundred_rows_have_their_columns(work):
     labels, rows = ["positive", "possible"], questions(130)
     work.api.configure(token_chars=3)  # both begin with the same token: no probabilities
@@ -891,7 +879,6 @@ def test_probabilities_that_begin_after_the_first_hundred_rows_have_their_column
     assert sum(bool(r["p_positive"]) for r in work.sheet("annotations-00001.csv")) == 25
 
 
-@known("a label that the server lists no probability for gets the least one that is listed, however large")
 def test_a_label_that_is_not_among_the_alternatives_has_what_is_left(work):
     work.api.configure(canned=[{"contains": "Question", "content": "positive"}])  # bare: the mock then lists one alternative for a token, of probability 0.999
     work.annotate(questions(3), task="classify", labels=LABELS)
@@ -902,14 +889,12 @@ CONTRADICTIONS = {"calibration of what is no label": dict(calibrate="content-fre
                   "calibration without probabilities": dict(**CLASSIFY, calibrate="batch", probabilities=False)}
 
 
-@known("it is found out by a KeyError, a ValueError, or after everything was paid for")
 @pytest.mark.parametrize("change", CONTRADICTIONS)
 def test_what_cannot_be_made_is_refused_before_any_request(change, work):
     work.stops(questions(5), **CONTRADICTIONS[change])
     assert work.api.stats()["requests"] == 0
 
 
-@known("a key goes to the client as it is: 120 calls fail as dropped and are counted as lost, though nothing was sent")
 @pytest.mark.parametrize("key", [CANARY + "\n", CANARY + "\nX-Other: 1", CANARY + "ключ"], ids=["a line break at its end", "a line break", "letters that no key has"])
 def test_a_key_that_cannot_be_sent_is_trimmed_or_refused(key, work, monkeypatch, quick):
     monkeypatch.setenv("MOCK_KEY", key)
@@ -920,7 +905,6 @@ def test_a_key_that_cannot_be_sent_is_trimmed_or_refused(key, work, monkeypatch,
     assert work.api.stats()["auth"] == ([auth_hash(CANARY)] if key.strip() == CANARY else [])
 
 
-@known("an answer that cannot be used counts as an answer: every row of the run is paid for three times")
 @pytest.mark.parametrize("fault", ["prose", "empty"])
 def test_a_teacher_that_never_answers_usefully_is_stopped(fault, work, quick):
     work.api.configure(p={fault: 1})
@@ -928,7 +912,6 @@ def test_a_teacher_that_never_answers_usefully_is_stopped(fault, work, quick):
     assert work.api.stats()["billed"] <= 3 * (20 + 8)
 
 
-@known("a call that is due looks for room every millisecond while all are busy")
 def test_a_call_that_waits_for_room_does_not_ask_all_the_time(work, quick, monkeypatch):
     looks, launch = [], Caller._launch
     monkeypatch.setattr(Caller, "_launch", lambda self, tasks: looks.append(1) or launch(self, tasks))
