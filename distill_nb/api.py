@@ -219,10 +219,10 @@ def backoff(n:int)->float: # seconds
 
 def make_endpoint(teacher:ApiTeacher, address:str)->Endpoint:
     "A client for one address; it does not retry by itself, since a retry may cost"
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, Timeout
     name = teacher.secret_name(address)
     hidden = secret(name).get_secret_value() if name else ""
-    return Endpoint(address, AsyncOpenAI(base_url=address, api_key=hidden or "none", max_retries=0, timeout=teacher.timeout), teacher.concurrency, hidden)
+    return Endpoint(address, AsyncOpenAI(base_url=address, api_key=hidden or "none", max_retries=0, timeout=Timeout(teacher.timeout, connect=min(10, teacher.timeout / 2))), teacher.concurrency, hidden)
 
 class Caller:
     "Sends calls to one teacher's addresses"
