@@ -146,7 +146,7 @@ class BatchTeacher(TeacherSpec):
     "A file of calls, answered by somebody else"
     batch: str = Field(min_length=1, description="the model that will answer")
     price: Price|None = Field(None, description="US dollars a million tokens; none: looked up, without the discount that a provider gives for batches")
-    extra: dict[str, Any] = Field({}, description="other fields of a request")
+    extra: Extra = Field({}, description="other fields of a request")
 
     @property
     def api(self)->str: return self.batch

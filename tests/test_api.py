@@ -639,10 +639,11 @@ def test_when_all_addresses_are_dead_the_run_says_so_and_another_address_goes_on
 @pytest.mark.parametrize("limits", [{"max_concurrent": 4, "latency": 0.02}, {"rate_limit": 100, "burst": 10, "latency": 0.01}], ids=["at once", "a second"])
 def test_the_pace_adapts_to_what_the_server_allows(limits, work, monkeypatch):
     monkeypatch.setattr("distill_nb.api.backoff", lambda n: 0.05 * 2**n * random.uniform(0.5, 1))  # a tenth of the real one, in step with the mock's pace
-    limited, note = [], Endpoint.note
+    limited, at_once, note = [], [], Endpoint.note
     def noted(self, verdict, now):
+        note(self, verdict, now)
         limited.append(verdict.what == "limited")
-        return note(self, verdict, now)
+        at_once.append(self.limit)
     monkeypatch.setattr(Endpoint, "note", noted)
     work.api.configure(**limits)
     work.annotate(questions(300), teacher={"concurrency": 32})
@@ -651,6 +652,7 @@ def test_the_pace_adapts_to_what_the_server_allows(limits, work, monkeypatch):
     assert stats["max_in_flight"] <= 32 and sum(limited) == stats["by_status"]["429"] > 0
     first, second = sum(limited[:half]) / half, sum(limited[half:]) / (len(limited) - half)
     assert second < 0.75 * first, f"{first:.2f} of the calls were refused in the first half, {second:.2f} in the second"
+    assert max(at_once[half:]) < 16, f"{max(at_once[half:])} of 32 calls at once in the second half"
 
 
 @pytest.mark.parametrize("concurrency", [1, 5])
