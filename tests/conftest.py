@@ -16,6 +16,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # one thread: two that wait for each other on a busy machine are many times slower
 os.environ |= OFFLINE  # before anything imports huggingface_hub, which reads it once
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts these tests in the background ignores it, and so would all that they start
 DEADLINE = 300  # seconds after which a run of the tiny recipe counts as hung
 
 
