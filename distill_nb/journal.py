@@ -12,7 +12,6 @@ import asyncio, contextlib, json, os, re, sqlite3, threading, time, uuid, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
 
 from .core import *
 from .models import *

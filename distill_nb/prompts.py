@@ -10,7 +10,6 @@ __all__ = ['TEMPLATES', 'PLACEHOLDERS', 'CONTENT_FREE', 'templates_for', 'delimi
 # %% ../nbs/03c_prompts.ipynb #c002
 import json, math, random, re
 from dataclasses import dataclass
-from functools import partial
 
 from .core import *
 

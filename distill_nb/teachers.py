@@ -12,7 +12,7 @@ __all__ = ['BATCH_CALLS', 'BATCH_BYTES', 'TEACHERS', 'TeacherRef', 'model_identi
 import importlib.util, itertools, json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Iterable, Iterator, Literal
+from typing import Annotated, Any, ClassVar, Iterable, Iterator
 
 from pydantic import Discriminator, Field, Tag
 
