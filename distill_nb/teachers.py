@@ -204,7 +204,7 @@ def answer_by_batch(
 )->dict[str, dict]: # calls that have no answer: key: reason
     "Collect what is there, and write what is not. Raises `DistillError` while something is outstanding"
     (folder/"results").mkdir(parents=True, exist_ok=True)
-    sent, results, failures, new, size, awaited = batch_index(folder, "requests-*.jsonl"), batch_index(folder, "results/*.jsonl"), {}, [], 0, 0
+    sent, results, failures, new, awaited = batch_index(folder, "requests-*.jsonl"), batch_index(folder, "results/*.jsonl"), {}, [], 0
     for request, key in requests:
         worst = worst_case(meter, request)
         if key in results:
