@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from distill_nb import annotate as stage, chains, core, data, hardware, journal, teachers
-from distill_nb.prompts import TEMPLATES, Request
+from distill_nb import annotate as stage, core, data, hardware
+from distill_nb.teacher import chains, journal, kinds as teachers
+from distill_nb.teacher.prompts import TEMPLATES, Request
 
 from conftest import prompts, write_rows
 from mock_api import MockApi

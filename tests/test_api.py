@@ -22,7 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distill_nb.annotate import AnnotateParams, annotate
-from distill_nb.api import Caller, Endpoint
+from distill_nb.teacher.api import Caller, Endpoint
 from distill_nb.core import DistillError, check, open_stage, read_json, read_jsonl
 from distill_nb.data import hash_order
 

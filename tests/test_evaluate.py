@@ -1,4 +1,4 @@
-"""09_evaluate: golden numbers with their source, properties, and what happens when a run is killed."""
+"""45_evaluate: golden numbers with their source, properties, and what happens when a run is killed."""
 import math
 import subprocess
 import sys

@@ -74,12 +74,14 @@ def copy(tmp_path):
 
 def test_exports_are_in_sync(copy):
     # Only __init__.py may hold lines that no notebook exports.
-    for file in (copy / "distill_nb").glob("*.py"):
+    for file in (copy / "distill_nb").rglob("*.py"):
         if file.name != "__init__.py":
             file.unlink()
     run(BIN / "nbdev_export", cwd=copy)
-    exported = {f.name: f.read_bytes() for f in (copy / "distill_nb").glob("*.py")}
-    tree = {f.name: f.read_bytes() for f in (ROOT / "distill_nb").glob("*.py")}
+    exported, tree = (
+        {f.relative_to(root).as_posix(): f.read_bytes() for f in (root / "distill_nb").rglob("*.py")}
+        for root in (copy, ROOT)
+    )
     assert sorted(tree) == sorted(exported), "run `make export`, and delete modules that have no notebook"
     different = [name for name in tree if tree[name] != exported[name]]
     assert not different, f"not what the notebooks export (run `make export`): {different}"
@@ -162,7 +164,7 @@ def test_wheel_holds_the_notebooks(copy, tmp_path):
     packed += [f for f in repository_files() if f.parent == Path("nbs/recipes") and f.suffix == ".yaml"]
     packed += [f for f in repository_files() if f.parent in (Path("nbs/prompts"), Path("nbs/data"))]
     assert {f.parent.name for f in packed} >= {"nbs", "recipes", "prompts"}
-    packed += [f for f in repository_files() if f.parent == Path("distill_nb")]
+    packed += [f for f in repository_files() if f.parts[0] == "distill_nb"]
     expected = {f.as_posix() if f.parts[0] == "distill_nb" else f"distill_nb/{f.as_posix()}" for f in packed}
 
     wheel = wheel_contents(copy, tmp_path / "wheel")

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from distill_nb.core import DataSpec, DistillError, digest, write_text
 from distill_nb.data import SPLITS, load_splits
-from distill_nb.journal import FIELDS, INSERT, Journal, Usage, begin, end, entry, read_shard, write_shard
+from distill_nb.teacher.journal import FIELDS, INSERT, Journal, Usage, begin, end, entry, read_shard, write_shard
 from distill_nb.store import RowStore
 
 from conftest import DEADLINE, environment, snapshot, write_rows
@@ -99,7 +99,7 @@ LOG = """
 import json, os, sys
 from pathlib import Path
 from distill_nb.core import digest
-from distill_nb.journal import *
+from distill_nb.teacher.journal import *
 file = Path(sys.argv[1])
 journal = Journal(file)
 for i in range(7):
@@ -463,7 +463,7 @@ def test_a_copy_that_fails_later_stops_nothing_and_is_said_at_the_end(tmp_path, 
 
 HOLD = """
 import sys
-from distill_nb.journal import *
+from distill_nb.teacher.journal import *
 journal = Journal(sys.argv[1])
 journal.put([entry("answer", "k", {"text": "mine"}, Usage())])
 print("open", flush=True)
@@ -488,7 +488,7 @@ def test_a_second_writer_is_refused_in_one_sentence_until_the_first_is_gone(who,
 
 @pytest.mark.parametrize("cost", [0.25, None])
 def test_a_call_in_flight_is_counted_once_at_its_worst_case(cost, tmp_path):
-    python("import os, sys, json\nfrom distill_nb.journal import *\njournal = Journal(sys.argv[1])\n"
+    python("import os, sys, json\nfrom distill_nb.teacher.journal import *\njournal = Journal(sys.argv[1])\n"
            "journal.write([begin(f'try {i}', f'k{i % 2}', Usage(40, 64, json.loads(sys.argv[2]))) for i in range(4)])\n"
            "journal.write([end('try 0'), (INSERT, entry('answer', 'k0', {'text': 'x'}, Usage(20, 5, 0.125)))])\nos._exit(9)", tmp_path/"journal.sqlite", json.dumps(cost))
     for _ in range(3):  # opened again and again, counted once
@@ -525,7 +525,7 @@ def test_the_bill_of_entries_whose_price_is_not_known(tmp_path):
 
 BUSY = """
 import asyncio, sys
-from distill_nb.journal import *
+from distill_nb.teacher.journal import *
 async def work(journal, who):
     for i in range(10_000):
         key = f"{sys.argv[2]}-{who}-{i}"
@@ -589,7 +589,7 @@ LIMITED = """
 import json, os, resource, sys
 from pathlib import Path
 from distill_nb.core import *
-from distill_nb.journal import *
+from distill_nb.teacher.journal import *
 folder = Path(sys.argv[1])
 def limit(n): resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINITY))
 def tell(what, make):

@@ -1,4 +1,4 @@
-"""11_report: a page that needs nothing else, that no answer can change, and that does without what is missing."""
+"""55_report: a page that needs nothing else, that no answer can change, and that does without what is missing."""
 import json
 import re
 from html.parser import HTMLParser

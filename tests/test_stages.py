@@ -14,7 +14,8 @@ from distill_nb import core, pipeline
 from conftest import DEADLINE, ROOT, environment
 
 STAGES = pipeline.stage_notebooks()
-MODULES = sorted(p.stem for p in (ROOT/"distill_nb").glob("*.py") if p.stem not in ("__init__", "__main__"))
+FILES = [p.relative_to(ROOT/"distill_nb").with_suffix("") for p in (ROOT/"distill_nb").rglob("*.py")]
+MODULES = sorted(".".join(p.parts) for p in FILES if p.name not in ("__init__", "__main__"))
 HEAVY = ("torch", "transformers", "trl", "unsloth", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib")
 
 
