@@ -20,13 +20,15 @@ from fastcore.basics import patch
 from pydantic import Field, model_validator
 
 from .core import *
-from .hardware import *
+from .stage import *
 from .data import *
 from .store import *
 from .models import *
+from .metrics import *
 from .teacher.journal import *
 from .teacher.budget import *
 from .teacher.prompts import *
+from .teacher.labels import *
 from .teacher.api import *
 from .teacher.kinds import *
 from .teacher.chains import *
@@ -35,9 +37,9 @@ from .teacher.files import *
 # %% ../nbs/20_annotate.ipynb #c007
 class AnnotateParams(StageParams):
     "What annotation takes"
-    keeps = ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", ".journal.sqlite.lock", "shards", "broken", "batch", ".rows.sqlite")
-    paths = ("sync_to",)
-    answered = False
+    kept_files = ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", ".journal.sqlite.lock", "shards", "broken", "batch", ".rows.sqlite")
+    path_fields = ("sync_to",)
+    needs_answers = False
     out: str = Field("runs/adhoc/annotate", description="folder that this stage writes into")
     teacher: TeacherRef
     data: DataRef
@@ -62,7 +64,6 @@ class AnnotateParams(StageParams):
     max_tokens: int|None = Field(None, ge=0)
     max_failed: float = Field(0.05, ge=0, le=1)
     batch_size: int = Field(32, ge=1)
-    quantize: Literal["4bit"]|None = None
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     sync_to: str|None = None
     shard_rows: int = Field(500, ge=1)
@@ -147,7 +148,7 @@ def check_caps(params:AnnotateParams)->Meter:
 def open_job(params:AnnotateParams)->Job:
     "Get everything ready that costs nothing. Raises `DistillError`"
     params.ready()
-    return Job(params, templates_for(params.task, params.prompts), teacher_identity(params.teacher, params.quantize), check_caps(params).price, load_examples(params))
+    return Job(params, templates_for(params.task, params.prompts), teacher_identity(params.teacher), check_caps(params).price, load_examples(params))
 
 @patch
 def ready(self:AnnotateParams, keys=True):
@@ -195,7 +196,7 @@ def chain_plan(job:Job)->ChainPlan:
 
 # %% ../nbs/20_annotate.ipynb #c019
 @patch
-def passes(self:AnnotateParams, rows):
+def rows_out(self:AnnotateParams, rows):
     "The rows that a later stage will see, for a plan"
     return dealt_count(rows, self.count) if self.task == "cot" else rows
 
@@ -205,8 +206,8 @@ def estimate(self:AnnotateParams, plan, rows, origin):
     calls = estimate_calls(self, rows)
     said = {"model": f"teacher {self.teacher}", "tokens": calls.bound + calls.completion}
     if isinstance(self.teacher, TeacherSpec): return said | {"dtype": "not on this machine", "price": calls.describe(check_caps(self).price)}
-    need = inference_memory(model_config(origin(self.teacher)), plan, self.batch_size, 128 + self.max_new_tokens, self.quantize)
-    return said | {"parameters": need["parameters"], "dtype": self.quantize or plan.dtype, "peak": need["peak"], "price": "none, the teacher is local"}
+    need = inference_memory(model_config(origin(self.teacher)), plan, self.batch_size, 128 + self.max_new_tokens, self.teacher.quantize)
+    return said | {"parameters": need["parameters"], "dtype": self.teacher.quantize or plan.dtype, "peak": need["peak"], "price": "none, the teacher is local"}
 
 # %% ../nbs/20_annotate.ipynb #c022
 SENTENCE_END = re.compile(r"(?<!\b\d)(?<!\b\d\d)[.!?।。！？][\"'”’)\]]*(?=\s|$)|(?<=[。！？])")
@@ -248,7 +249,7 @@ def ask_all(
     log(f"teacher {p.teacher}: {calls.describe(job.price)}")
     meter = Meter(job.price, p.max_cost, p.max_tokens, journal.bill(job.price and job.price.cost))
     with Progress(left, meter) as progress:
-        failures = answer_requests(p.teacher, fresh(), journal, meter, progress, batch_size=p.batch_size, quantize=p.quantize, engine=p.engine, seed=p.seed)
+        failures = answer_requests(p.teacher, fresh(), journal, meter, progress, batch_size=p.batch_size, engine=p.engine, seed=p.seed)
     if len(failures) > p.max_failed * total:
         reasons = ", ".join(f"{reason} ({n})" for reason, n in Counter(f["reason"] for f in failures.values()).most_common(3))
         raise DistillError(f"{len(failures)} of {total} calls failed, more than max_failed: {p.max_failed:g} allows: {reasons}; the same command asks them again")

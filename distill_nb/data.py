@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 from .core import *
+from .stage import *
 
 # %% ../nbs/04_data.ipynb #c006
 def iter_csv(
@@ -305,11 +306,11 @@ def check_split(
     splits:dict[str, list[dict]], # from `load_splits`
     split:str, # train, validation or test
     name:str, # of the data, for the error
-    answered:bool=True, # whether every conversation must end with an answer
+    needs_answers:bool=True, # whether every conversation must end with an answer
 )->list[dict]: # the split's conversations
     "See that a split can be used. Raises `DistillError` where it is empty, or a row has no answer"
     if not splits[split]: raise DistillError(f"{name}: the {split} split is empty")
-    for r in splits[split] if answered else ():
+    for r in splits[split] if needs_answers else ():
         if r["messages"][-1]["role"] != "assistant": raise DistillError(f"{name}: row {r['id']} has no answer: annotate it first, or map a column with columns: {{response: ...}}")
     return splits[split]
 

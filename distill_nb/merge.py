@@ -14,9 +14,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from .core import *
+from .stage import *
 from .hardware import *
-from .data import *
 from .models import *
+from .generate import *
 
 # %% ../nbs/38_merge.ipynb #c007
 class MergeParams(StageParams):
@@ -31,7 +32,7 @@ class MergeParams(StageParams):
     def makes(self): return ("model",)
 
     def estimate(self, plan, rows, origin):
-        config = model_config(origin(ModelSpec(name=self.adapter)))
+        config = model_config(origin(self.adapter))
         model = meta_model(config)
         dtype = saved_dtype(self.dtype, count_parameters(model), plan)
         return {"model": f"of {self.adapter}", "parameters": count_parameters(model), "dtype": dtype,
@@ -106,10 +107,10 @@ def prove(
     tolerance:float, # largest difference in float32
 )->dict: # as `compare_logits`, and the tolerance that was allowed
     "Reload with plain transformers and compare. Raises `DistillError` where the merge is not faithful"
-    reloaded, tokenizer = load_model(ModelSpec(name=str(folder)), plan, dtype=dtype)
-    proof = compare_logits(before, proof_logits(reloaded, tokenizer, rows))
+    reloaded = load_model(ModelSpec(name=str(folder)), plan, dtype=dtype)
+    proof = compare_logits(before, proof_logits(reloaded.model, reloaded.tokenizer, rows))
     proof["tolerance"] = tolerance + ROUNDING[dtype] * proof["max_abs_logit"]
-    free(reloaded)
+    free(reloaded.model)
     if not proof["max_abs_logit_difference"] <= proof["tolerance"]:
         raise DistillError(f"the merged model is not faithful: its logits differ by {proof['max_abs_logit_difference']:.2g}, more than {proof['tolerance']:.2g}: {proof}")
     return proof

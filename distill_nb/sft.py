@@ -15,9 +15,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from .core import *
+from .stage import *
 from .hardware import *
 from .data import *
 from .models import *
+from .generate import *
 
 # %% ../nbs/25_sft.ipynb #c007
 class SftParams(StageParams):
@@ -27,7 +29,6 @@ class SftParams(StageParams):
     data: DataRef
     method: Literal["lora", "full"] = "lora"
     engine: Literal["auto", "unsloth", "trl"] = "auto"
-    quantize: Literal["4bit"]|None = None
     lora_r: int = Field(16, ge=1)
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -45,13 +46,13 @@ class SftParams(StageParams):
     def makes(self): return ("adapter",) if self.method == "lora" else ("model",)
 
     def estimate(self, plan, rows, origin=lambda spec: spec):
-        need = training_memory(model_config(origin(self.model)), plan, self.batch_size, self.max_length, self.lora_r if self.method == "lora" else None, self.quantize, self.gradient_checkpointing)
+        need = training_memory(model_config(origin(self.model)), plan, self.batch_size, self.max_length, self.lora_r if self.method == "lora" else None, self.model.quantize, self.gradient_checkpointing)
         steps = self.max_steps or math.ceil(self.epochs * math.ceil(len(rows.get("train", ())) / self.batch_size / self.gradient_accumulation))
-        return {"model": f"student {self.model}", "dtype": self.quantize or plan.train_dtype, "note": f"{steps} steps of {self.batch_size * self.gradient_accumulation} rows"} | need
+        return {"model": f"student {self.model}", "dtype": self.model.quantize or plan.train_dtype, "note": f"{steps} steps of {self.batch_size * self.gradient_accumulation} rows"} | need
 
     @model_validator(mode="after")
     def _quantized_weights_are_frozen(self):
-        if self.quantize and self.method == "full": raise ValueError("quantize: 4-bit weights cannot be trained; use method: lora")
+        if self.model.quantize and self.method == "full": raise ValueError("model.quantize: 4-bit weights cannot be trained; use method: lora")
         return self
 
 Params = SftParams
@@ -83,7 +84,8 @@ def student_folder(
     if kind == "adapter": raise DistillError(f"model: {params.model.name}: is an adapter; merge it first")
     if not params.model.layers: return path
     if not (folder/"config.json").exists():
-        model, tokenizer = load_model(params.model, dtype="float32")
+        whole = load_model(params.model.model_copy(update={"quantize": None}), dtype="float32")
+        model, tokenizer = whole.model, whole.tokenizer
         partial = folder.with_name("partial")
         shutil.rmtree(partial, ignore_errors=True)
         with quiet(): model.save_pretrained(partial); tokenizer.save_pretrained(partial)
@@ -106,7 +108,7 @@ def load_with_unsloth(
 )->tuple[Any, Any]: # a model ready for training, and its tokenizer
     "Load through `FastLanguageModel`"
     from unsloth import FastLanguageModel
-    model, tokenizer = FastLanguageModel.from_pretrained(path, max_seq_length=params.max_length, dtype=training_dtype(params, plan), load_in_4bit=params.quantize == "4bit",
+    model, tokenizer = FastLanguageModel.from_pretrained(path, max_seq_length=params.max_length, dtype=training_dtype(params, plan), load_in_4bit=params.model.quantize == "4bit",
                                                          full_finetuning=params.method == "full", revision=params.model.revision, token=hub_token(), use_exact_model_name=True)
     checkpointing = "unsloth" if params.gradient_checkpointing else False
     if params.method == "lora":
@@ -124,9 +126,10 @@ def load_with_peft(
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     import torch
     torch.manual_seed(params.seed)
-    spec = ModelSpec(name=path, revision=params.model.revision)
-    model, tokenizer = load_model(spec, plan, dtype=str(training_dtype(params, plan)).removeprefix("torch."), quantize=params.quantize)
-    if params.quantize: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=params.gradient_checkpointing)
+    spec = ModelSpec(name=path, revision=params.model.revision, quantize=params.model.quantize)
+    loaded = load_model(spec, plan, dtype=str(training_dtype(params, plan)).removeprefix("torch."))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if params.model.quantize: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=params.gradient_checkpointing)
     if params.method == "lora":
         model = get_peft_model(model, LoraConfig(r=params.lora_r, lora_alpha=params.lora_alpha, lora_dropout=params.lora_dropout, target_modules="all-linear", task_type="CAUSAL_LM"))
     return model.train(), tokenizer

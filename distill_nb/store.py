@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 from .core import *
+from .stage import *
 from .data import *
 
 # %% ../nbs/04a_store.ipynb #c005

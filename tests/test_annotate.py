@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from distill_nb import annotate as stage, core, data, hardware
+from distill_nb import annotate as stage, core, data, hardware, stage as base
 from distill_nb.teacher import chains, journal, kinds as teachers
 from distill_nb.teacher.prompts import TEMPLATES, Request
 
@@ -202,10 +202,10 @@ def test_vllm_answers_where_it_fits(tmp_path, monkeypatch, model):
             out = lambda text: SimpleNamespace(prompt_token_ids=[1] * 9, outputs=[SimpleNamespace(text=text, token_ids=[1, 2, 3], finish_reason="stop")])
             return [out(f" Re: {c[-1]['content']} ({s.max_tokens}, {s.temperature}, {getattr(s, 'seed', None)})") for c, s in zip(conversations, sampling)]
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **_: LLM(), SamplingParams=SamplingParams, __spec__=SimpleNamespace()))
-    spec = core.ModelSpec(name=str(model))
+    spec = base.ModelSpec(name=str(model))
     t4 = hardware.plan_hardware("t4").hardware
     assert teachers.use_vllm("auto", spec, t4) and not teachers.use_vllm("transformers", spec, t4)
-    assert not teachers.use_vllm("auto", core.ModelSpec(name=str(model), layers=2), t4)
+    assert not teachers.use_vllm("auto", base.ModelSpec(name=str(model), layers=2), t4)
     with pytest.raises(core.DistillError, match="it needs an NVIDIA GPU"): teachers.use_vllm("vllm", spec, hardware.plan_hardware().hardware)
     found = teachers.vllm_entries([(Request([{"role": "user", "content": "Why?"}], 7, temperature=0.5, sample=2), "key")], LLM(), "m")
     assert found[0][:3] == ("key", "key", "answer") and json.loads(found[0][3])["text"] == "Re: Why? (7, 0.5, 44)" and found[0][4:6] == (9, 3)
@@ -224,7 +224,7 @@ def clever(requests):
 
 
 def test_fifty_seeds_become_a_thousand_questions_split_by_seed():
-    spec = core.DataSpec(path="reasoning", validation=0.1, test=0)
+    spec = base.DataSpec(path="reasoning", validation=0.1, test=0)
     splits, _ = data.load_splits(spec, "cot")
     counts = {s: len(rows) for s, rows in stage.dealt_count(splits, 1000).items()}
     assert counts == {"train": 900, "validation": 100, "test": 0}

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from distill_nb.annotate import AnnotateParams, annotate
 from distill_nb.teacher.api import Caller, Endpoint
-from distill_nb.core import DistillError, check, open_stage, read_json, read_jsonl
+from distill_nb.core import DistillError, read_json, read_jsonl
+from distill_nb.stage import check, open_stage
 from distill_nb.data import hash_order
 
 from conftest import DEADLINE, environment, until, write_rows

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_nb import evaluate as ev
-from distill_nb.core import DistillError, ModelSpec, read_jsonl
+from distill_nb.core import DistillError, read_jsonl
+from distill_nb.stage import ModelSpec
 
 SAID = ["The cat sat on the mat today.", "A dog barked at me.", "", "It rains.", "Snow fell all night, quietly."]
 MEANT = ["The cat sat on a mat today.", "The dog barked at me loudly.", "Nothing was said.", "It rains.", "All night the snow fell."]

@@ -20,7 +20,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from distill_nb.core import DataSpec, DistillError, digest, write_text
+from distill_nb.stage import DataSpec
+from distill_nb.core import DistillError, digest, write_text
 from distill_nb.data import SPLITS, load_splits
 from distill_nb.teacher.journal import FIELDS, INSERT, Journal, Usage, begin, end, entry, read_shard, write_shard
 from distill_nb.store import RowStore

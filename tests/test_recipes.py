@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_nb import annotate, cli, core, data, models, pipeline
-from distill_nb.core import DataSpec, DistillError
+from distill_nb import annotate, cli, core, data, models, pipeline, stage as stages_
+from distill_nb.stage import DataSpec
+from distill_nb.core import DistillError
 
 from conftest import command_line, prompts, write_recipe
 

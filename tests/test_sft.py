@@ -5,8 +5,10 @@ import torch
 from distill_nb import sft
 from distill_nb.data import prompt_completion
 from distill_nb.hardware import plan_hardware
-from distill_nb.models import encode_scored, load_model
-from distill_nb.core import DistillError, ModelSpec, write_jsonl
+from distill_nb.generate import encode_scored
+from distill_nb.models import load_model
+from distill_nb.core import DistillError, write_jsonl
+from distill_nb.stage import ModelSpec
 
 ROWS = [{"id": str(n), "messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": answer}], "meta": {}}
         for n, answer in enumerate(["Yes.", "A longer answer, with commas.", "ভাত"])]

@@ -9,7 +9,7 @@ from io import StringIO
 
 import pytest
 
-from distill_nb import core, pipeline
+from distill_nb import core, pipeline, stage
 
 from conftest import DEADLINE, ROOT, environment
 
@@ -66,7 +66,7 @@ def test_the_annotation_fits_what_the_model_takes(kind):
 @pytest.mark.parametrize("kind", STAGES)
 def test_a_stage_refuses_what_it_does_not_know(kind):
     cls = pipeline.params_class(kind)
-    with pytest.raises(core.DistillError, match="unknown key"): core.check(cls, {"no_such_parameter": 1}, "here")
+    with pytest.raises(core.DistillError, match="unknown key"): stage.check(cls, {"no_such_parameter": 1}, "here")
     assert "out" in cls.model_fields and cls.model_fields["out"].default.startswith("runs/")
 
 

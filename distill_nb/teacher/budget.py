@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from ..core import *
+from ..stage import *
 from .journal import *
 
 # %% ../../nbs/11_teacher.budget.ipynb #c005

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import *
-from ..models import *
+
 
 # %% ../../nbs/10_teacher.journal.ipynb #c005
 @dataclass(frozen=True)
