@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from .core import *
 from .stage import *
 from .data import *
+from .families import *
 from .store import *
 from .models import *
 from .metrics import *

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from .core import *
 from .stage import *
 from .data import *
+from .families import *
 from .hardware import *
 from .models import *
 from .generate import *

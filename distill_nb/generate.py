@@ -12,6 +12,7 @@ from typing import Any, Iterator
 
 from .core import *
 from .data import *
+from .families import *
 from .models import *
 
 # %% ../nbs/07_generate.ipynb #c031

@@ -16,6 +16,8 @@ from pydantic import Field
 from .core import *
 from .stage import *
 from .hardware import *
+from .data import *
+from .families import *
 from .models import *
 from .generate import *
 

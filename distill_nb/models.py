@@ -19,6 +19,7 @@ from .core import *
 from .stage import *
 from .hardware import *
 from .data import *
+from .families import *
 
 # %% ../nbs/06_models.ipynb #c006
 SMOLLM2 = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from distill_nb import sft
-from distill_nb.data import prompt_completion
+from distill_nb.families import prompt_completion
 from distill_nb.hardware import plan_hardware
 from distill_nb.generate import encode_scored
 from distill_nb.models import load_model

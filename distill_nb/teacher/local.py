@@ -14,6 +14,7 @@ from ..core import *
 from ..stage import *
 from ..hardware import *
 from ..data import *
+from ..families import *
 from ..models import *
 from ..generate import *
 from .journal import *
