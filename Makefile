@@ -40,13 +40,17 @@ $(STAMP): settings.ini setup.py
 quickstart: $(STAMP)  ## distil a small model on this machine, from nbs/recipes/quickstart.yaml
 	$(BIN)/distill-nb run quickstart
 
-# One notebook at a time, each in a process of its own: Unsloth patches transformers for all that follows it, and two
-# notebooks with torch do not fit on a small machine. Offline, because a test that needs the network is not a test of
-# this code. tests/test_house.py checks exports, README and clean notebooks.
+# Each notebook in a process of its own: Unsloth patches transformers for all that follows it. JOBS of them at a time, and
+# as many workers for tests/, a file of tests on one of them. One thread each: two that wait for each other on a busy machine
+# are many times slower. Offline, because a test that needs the network is not a test of this code. tests/test_house.py
+# checks exports, README and clean notebooks.
+JOBS ?= 2
 test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
 test: $(STAMP)  ## run every notebook, then tests/
-	@for notebook in nbs/[0-9]*.ipynb; do echo "$$notebook"; $(BIN)/nbdev_test --n_workers 0 --path $$notebook || exit 1; done
-	$(BIN)/python -m pytest tests
+	@printf '%s\n' nbs/[0-9]*.ipynb | xargs -P $(JOBS) -I {} sh -c \
+	  '$(BIN)/nbdev_test --n_workers 0 --path {} >$(VENV)/$$$$.log 2>&1 || { cat $(VENV)/$$$$.log; echo "FAILED: {}"; exit 255; }; rm $(VENV)/$$$$.log; echo {}'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 
 export: $(STAMP)  ## notebooks -> distill_nb/
 	$(BIN)/nbdev_export

@@ -1,4 +1,5 @@
 """The rules of the repository itself: what is generated matches its source, and what is published is whole."""
+import ast
 import configparser
 import json
 import os
@@ -60,6 +61,69 @@ def settings() -> configparser.SectionProxy:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "settings.ini", encoding="utf-8")
     return parser["DEFAULT"]
+
+
+# A wing, and the stages that are its own: nobody else below the next wing looks inside.
+WINGS = {"teacher": {"annotate"}, "measure": {"evaluate", "benchmark"}, "run": {"pipeline", "cli"}}
+LONGEST_LINE = 120
+
+
+def modules() -> dict[str, tuple[float, Path]]:
+    """Each module's name: its place in reading order, and its file."""
+    found = {}
+    for place, (file, notebook) in enumerate(sorted(notebooks().items())):
+        if name := module(notebook):
+            found[name] = place, ROOT / "distill_nb" / (name.replace(".", "/") + ".py")
+    return found
+
+
+def imports(name: str, file: Path) -> set[str]:
+    """Our own modules that a module imports, at its top or inside a function."""
+    package, found = ("distill_nb." + name).split(".")[:-1], set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            whole = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {whole, *(f"{whole}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {f.removeprefix("distill_nb.") for f in found if f.startswith("distill_nb.")} & set(modules())
+
+
+def test_a_module_imports_only_what_was_read_before_it():
+    places = modules()
+    assert len(places) > 20
+    back = [
+        f"{name} imports {other}"
+        for name, (place, file) in places.items()
+        for other in imports(name, file)
+        if places[other][0] >= place
+    ]
+    assert not back, back
+
+
+def test_a_wing_is_opened_only_by_its_own_stages_and_by_higher_wings():
+    wing = {name: name.split(".")[0] for name in modules() if "." in name}
+    assert set(wing.values()) == set(WINGS)
+    order = list(dict.fromkeys(wing.values()))
+    wrong = []
+    for name, (_, file) in modules().items():
+        for other in imports(name, file) & set(wing):
+            inside = wing.get(name)
+            higher = inside and order.index(inside) >= order.index(wing[other])
+            if not higher and name not in WINGS[wing[other]]:
+                wrong.append(f"{name} imports {other}")
+    assert not wrong, wrong
+
+
+def test_the_library_can_be_read_without_scrolling_sideways():
+    long = [
+        f"{file}:{number}: {len(line)}"
+        for _, file in modules().values()
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > LONGEST_LINE and not line.startswith(("__all__", '"""'))
+    ]
+    assert not long, f"{len(long)} lines of more than {LONGEST_LINE} characters:\n" + "\n".join(long)
 
 
 @pytest.fixture
