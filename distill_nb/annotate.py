@@ -40,11 +40,12 @@ class AnnotateParams(StageParams):
     "What annotation takes"
     kept_files = ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", ".journal.sqlite.lock", "shards", "broken", "batch", ".rows.sqlite")
     path_fields = ("sync_to",)
+    runtime = ("batch_size", "sync_to", "shard_rows", "max_cost", "max_tokens")
     needs_answers = False
     out: str = Field("runs/adhoc/annotate", description="folder that this stage writes into")
     teacher: TeacherRef
     data: DataRef
-    task: Literal["chat", "qa", "classify", "cot"] = "chat"
+    task: Task = "chat"
     system: str = ""
     prompts: dict[str, str] = {}
     labels: list[str] = []

@@ -29,10 +29,12 @@ from .measure.intervals import *
 class EvaluateParams(StageParams):
     "Which models answer which rows, and how the answers are scored"
     kept_files: ClassVar[tuple[str, ...]] = ("predictions",)
+    runtime: ClassVar[tuple[str, ...]] = ("batch_size",)
     needs_splits: ClassVar[tuple[str, ...]] = ("test",)
     out: str = Field("runs/adhoc/evaluate", description="folder that the stage writes into")
     models: dict[str, ModelRef] = Field(min_length=1, description="name in the tables: model")
     data: DataRef = Field(description="where the test rows come from")
+    task: Task = Field("chat", description="chat, qa, classify or cot: what the rows are for; a recipe fills it in")
     metrics: list[Metric] = Field(["bleu", "rougeL", "perplexity"], min_length=1, description="what is computed")
     samples: int|None = Field(None, ge=1, description="rows of the test split that are used, from its top; none: all")
     max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")

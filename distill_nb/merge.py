@@ -24,10 +24,12 @@ from .generate import *
 # %% ../nbs/38_merge.ipynb #c007
 class MergeParams(StageParams):
     "What merging takes"
+    descends = "adapter"
     out: str = Field("runs/adhoc/merge", description="folder that this stage writes into")
     adapter: AdapterRef
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     proof: DataRef = "sample"
+    task: Task = Field("chat", description="chat, qa, classify or cot: what the rows are for; a recipe fills it in")
     proof_rows: int = Field(8, ge=1)
     tolerance: float = Field(1.0e-3, gt=0)
 

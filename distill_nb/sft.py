@@ -25,9 +25,11 @@ from .generate import *
 # %% ../nbs/25_sft.ipynb #c007
 class SftParams(StageParams):
     "What supervised fine-tuning takes"
+    descends, runtime = "model", ("save_steps", "gradient_checkpointing")
     out: str = Field("runs/adhoc/sft", description="folder that this stage writes into")
     model: ModelRef
     data: DataRef
+    task: Task = Field("chat", description="chat, qa, classify or cot: what the rows are for; a recipe fills it in")
     method: Literal["lora", "full"] = "lora"
     engine: Literal["auto", "unsloth", "trl"] = "auto"
     lora_r: int = Field(16, ge=1)

@@ -8,14 +8,12 @@ __all__ = ['UniqueKeyLoader', 'Smoke', 'Recipe', 'shipped_recipes', 'find_recipe
 
 # %% ../../nbs/60_run.recipe.ipynb #h003
 from pathlib import Path
-from typing import Literal
 
 import yaml
 from pydantic import Field
 
 from ..core import *
 from ..stage import *
-from ..data import *
 
 # %% ../../nbs/60_run.recipe.ipynb #c006
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -37,7 +35,7 @@ class Recipe(Strict):
     "One distillation, from teacher to report"
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     about: str = ""
-    task: Literal[tuple(TASKS)] = "chat"
+    task: Task = "chat"
     data: DataSpec|None = None
     stages: list[dict[str, dict|None]] = Field(min_length=1)
     smoke: Smoke = Smoke()
