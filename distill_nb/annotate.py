@@ -208,7 +208,7 @@ def estimate(self:AnnotateParams, plan, rows, origin):
     calls = estimate_calls(self, rows)
     said = {"model": f"teacher {self.teacher}", "tokens": calls.bound + calls.completion}
     if isinstance(self.teacher, TeacherSpec): return said | {"dtype": "not on this machine", "price": calls.describe(check_caps(self).price)}
-    need = inference_memory(model_config(origin(self.teacher)), plan, self.batch_size, 128 + self.max_new_tokens, self.teacher.quantize)
+    need = inference_memory(profile(origin(self.teacher)), plan, self.batch_size, 128 + self.max_new_tokens)
     return said | {"parameters": need["parameters"], "dtype": self.teacher.quantize or plan.dtype, "peak": need["peak"], "price": "none, the teacher is local"}
 
 # %% ../nbs/20_annotate.ipynb #c022

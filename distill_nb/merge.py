@@ -36,11 +36,11 @@ class MergeParams(StageParams):
     def makes(self): return ("model",)
 
     def estimate(self, plan, rows, origin):
-        config = model_config(origin(self.adapter))
-        model = meta_model(config)
-        dtype = saved_dtype(self.dtype, count_parameters(model), plan)
-        return {"model": f"of {self.adapter}", "parameters": count_parameters(model), "dtype": dtype,
-                "peak": 2 * weight_bytes(model, dtype) + self.proof_rows * 128 * config.vocab_size * 8 + RUNTIME_BYTES[plan.hardware.device]}
+        base = profile(origin(self.adapter))
+        dtype = saved_dtype(self.dtype, base.parameters, plan)
+        logits = self.proof_rows * 128 * base.vocab_size * 8
+        return {"model": f"of {self.adapter}", "parameters": base.parameters, "dtype": dtype,
+                "peak": 2 * weight_bytes(base, dtype) + logits + RUNTIME_BYTES[plan.hardware.device]}
 
 Params = MergeParams
 

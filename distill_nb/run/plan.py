@@ -107,7 +107,9 @@ def origin(
     if not spec.name.startswith("@"): return spec
     params = next(s for s in stages if s.id == spec.name[1:]).params
     value = next(getattr(params, n) for n, ref in ref_fields(type(params)).items() if {"model", "adapter"} & set(ref.kinds))
-    return origin(value, stages)
+    found = origin(value, stages)
+    packed = found.quantize if "adapter" in params.makes() else None  # a merged model is whole numbers again
+    return found.model_copy(update={"layers": spec.layers or found.layers, "quantize": spec.quantize or packed})
 
 def rows_for(
     stage:Stage, # a stage
