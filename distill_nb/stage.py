@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Callable, ClassVar, Literal
 
 from fastcore.basics import patch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from .core import *
 
@@ -37,11 +37,19 @@ class DataSpec(Strict):
     validation: int|float = Field(0.1, ge=0, description="rows held out to watch training: a count, or a share below 1")
     test: int|float = Field(0.1, ge=0, description="rows held out to evaluate on: a count, or a share below 1")
     seed: int = Field(42, description="of the choice of rows and of the split")
+    repeats: bool = Field(False, description="whether the same question under two ids may lie in two splits")
     license: str|None = Field(None, description="of the rows, for the card of what is made from them")
+    rows: Any = Field(None, repr=False, description="rows in memory: a list of dictionaries, a Dataset, a DataFrame")
 
     @model_validator(mode="before")
     @classmethod
-    def _from_string(cls, v): return {"path": v} if isinstance(v, str) else v
+    def _from_short(cls, v):
+        if isinstance(v, str): return {"path": v}
+        if isinstance(v, list) or hasattr(v, "to_dict"): v = {"rows": v}
+        return {"path": "rows in memory"} | v if isinstance(v, dict) and v.get("rows") is not None else v
+
+    @field_serializer("rows")
+    def _by_content(self, rows): return rows if rows is None or isinstance(rows, str) else digest_rows(rows)
 
 # %% ../nbs/02_stage.ipynb #c025
 class ModelSpec(Strict):

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_nb import annotate, cli, core, data, models, pipeline, stage as stages_
-from distill_nb.stage import DataSpec
+from distill_nb import annotate, cli, core, models, pipeline, stage as stages_
 from distill_nb.core import DistillError
 
 from conftest import command_line, prompts, write_recipe
@@ -86,7 +85,7 @@ MISTAKES = {  # what is done to the recipe, and what must be said
     "a folder as data": (put_data(path="."), ["recipe.yaml: stage 'annotate': data:", "is a folder"]),
     "no such column": (put_data(columns={"prompt": "promt"}), ["recipe.yaml: stage 'annotate': data:", "rows.jsonl: columns: prompt:", "did you mean 'prompt'?"]),
     "no such role": (put_data(columns={"promt": "prompt"}), ["recipe.yaml: stage 'annotate': data:", "columns: promt:", "did you mean 'prompt'?"]),
-    "no such group": (put_data(group="author"), ["recipe.yaml: stage 'annotate': data:", "rows.jsonl:", "group column 'author' is missing"]),
+    "no such group": (put_data(group="author"), ["recipe.yaml: stage 'annotate': data:", "rows.jsonl, row 1:", "group column 'author' is missing"]),
     "nothing left to train on": (put_data(test=30), ["recipe.yaml: stage 'annotate': data:", "leave none to train on"]),
     "nothing left to evaluate on": (put_data(test=0), ["recipe.yaml: stage 'evaluate': data:", "test"]),
     "rows without answers": (lambda r: r.update(stages=r["stages"][1:2]), ["recipe.yaml: stage 'student': data:", "row-", "has no answer", "annotate"]),
@@ -152,7 +151,7 @@ TORN = {
     "a row has no prompt": (lines_of(r if n != 7 else {"id": "x", "topic": "rain"} for n, r in enumerate(prompts(), 1)), ["rows.jsonl, row 7:", "'prompt' is missing"]),
     "no row has a prompt": (lines_of({"id": r["id"], "frage": "x"} for r in prompts()), ["rows.jsonl:", "no column for 'prompt'", "id, frage", "columns: {prompt: ...}"]),
     "an id is used for two texts": (with_row(4, id="row-04"), ["rows.jsonl, row 5:", "'row-04'", "used before"]),
-    "a row is in no group": (with_row(4, topic=None), ["rows.jsonl:", "row-03", "'topic' is missing"]),
+    "a row is in no group": (with_row(4, topic=None), ["rows.jsonl, row 4:", "row-03", "'topic' is missing"]),
     "no rows": ("\n\n", ["rows.jsonl:", "has no rows"]),
     "only blank prompts": (lines_of(r | {"prompt": " "} for r in prompts()), ["rows.jsonl:", "no row with a prompt is left"]),
     "half a character": (with_row(4, prompt="what is \ud800?"), ["rows.jsonl, row 4:"]),
@@ -278,46 +277,6 @@ def test_shipped_recipes_have_no_mistake(recipe, smoke, here):
 
 
 # Properties
-
-ids = st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=1, max_size=40, unique=True)
-specs = st.builds(lambda samples, validation, test, seed, group: DataSpec(path="x.jsonl", samples=samples, validation=validation, test=test, seed=seed, group=group),
-                  st.none() | st.integers(3, 50), st.integers(0, 8) | st.floats(0, 0.9), st.integers(0, 8) | st.floats(0, 0.9), st.integers(0, 9), st.sampled_from([None, "topic"]))
-conversations = ids.flatmap(lambda names: st.lists(st.integers(0, 6), min_size=len(names), max_size=len(names)).map(
-    lambda topics: [{"id": i, "messages": [{"role": "user", "content": i}], "meta": {"topic": t}} for i, t in zip(names, topics)]))
-
-
-@quick
-@given(conversations, specs, st.randoms())
-def test_splits_are_a_partition_that_tears_no_group_and_forgets_the_files_order(rows, spec, rng):
-    shuffled = rows[:]
-    rng.shuffle(shuffled)
-    try: splits = data.split_rows(rows, spec)
-    except DistillError as e:
-        assert "none to train on" in str(e)
-        with pytest.raises(DistillError): data.split_rows(shuffled, spec)
-        return
-    assert splits == data.split_rows(shuffled, spec)
-    found = [r["id"] for part in splits.values() for r in part]
-    assert len(found) == len(set(found)) == min(len(rows), spec.samples or len(rows))
-    assert set(found) <= {r["id"] for r in rows}
-    groups = [{data.group_of(r, spec.group) for r in part} for part in splits.values()]
-    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
-    for name in ("validation", "test"):
-        want = getattr(spec, name)
-        want = int(want) if want >= 1 else round(want * len(found))
-        assert len(splits[name]) >= want or splits[name] == [] or spec.group is None and len(splits[name]) == want
-        if want == 0: assert splits[name] == []
-        if spec.group is None: assert len(splits[name]) == want
-
-
-@quick
-@given(conversations, st.integers(0, 9))
-def test_a_row_that_is_added_moves_few_others(rows, seed):
-    "The order is a hash of each row, so rows that stay keep their order"
-    order = [r["id"] for r in data.hash_order(rows, None, seed)]
-    fewer = [r["id"] for r in data.hash_order(rows[:-1], None, seed)]
-    assert [i for i in order if i in fewer] == fewer
-
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(["\u2028", "a\u2029b\u0085c", "\r\n", "\x0b\x0c\x1c", "\ufeffx", "ঢাকা ।", "🙂\u200d", '"\\n'])
 values = st.recursive(st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.floats(allow_nan=False, allow_infinity=False) | text,
