@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from .core import *
 from .stage import *
+from .hardware import *
 from .data import *
 from .families import *
 from .store import *
@@ -164,20 +165,19 @@ def show_request(request:Request)->str:
     return "\n".join([f"[{m['role']}] {m['content']}" for m in request.messages] + [f"[assistant, begun] {s}" for s in request.starts])
 
 # %% ../nbs/20_annotate.ipynb #c018
-def dealt_count(rows:dict[str, list], count:int)->dict[str, list]: # as many stand-ins for rows as there will be
+def dealt_count(seeds:dict[str, int], count:int)->dict[str, int]: # split: how many new questions
     "Deal the new questions among the splits, in the proportion of the seeds"
-    names = [s for s in rows if rows[s]]
-    total, dealt = sum(len(rows[s]) for s in names), {}
-    for s in names: dealt[s] = round(count * len(rows[s]) / total)
-    dealt[names[0]] += count - sum(dealt.values())
-    return {s: list(itertools.islice(itertools.cycle(rows[s]), dealt.get(s, 0))) for s in rows}
+    total = sum(seeds.values())
+    dealt = {s: round(count * n / total) for s, n in seeds.items()}
+    first = next(s for s, n in seeds.items() if n)
+    return dealt | {first: dealt[first] + count - sum(dealt.values())}
 
 def estimate_calls(
     params:AnnotateParams, # task, templates, limits
-    rows:dict[str, list[dict]], # conversations by split
+    rows:Rows, # conversations
 )->Estimate:
     "How many calls, and how many tokens"
-    job, calls, every = Job(params, templates_for(params.task, params.prompts), {}, None, load_examples(params)), Estimate(), [r for part in rows.values() for r in part]
+    job, calls, every = Job(params, templates_for(params.task, params.prompts), {}, None, load_examples(params)), Estimate(), rows.rows()
     if params.task != "cot":
         for r in every:
             request = job.request(r)
@@ -186,7 +186,7 @@ def estimate_calls(
     chain = chain_plan(job)
     for seed in every:
         for s in range(params.self_consistency): calls.add(chain.request(fill(job.templates["solve"], {"question": seed["messages"][-1]["content"]}), s).messages, params.max_new_tokens)
-    for row in [r for part in dealt_count(rows, params.count).values() for r in part]:  # a new question is taken to be as long as its seed
+    for row in rows.resized(dealt_count(rows.counts, params.count)).rows():  # a new question is taken to be as long as its seed
         asked = [{"role": "user", "content": job.templates["transform"] + row["messages"][-1]["content"] + "x" * 4 * params.max_new_tokens}]
         for _ in range(1 + params.self_consistency): calls.add(asked, params.max_new_tokens)
     return calls
@@ -200,7 +200,8 @@ def chain_plan(job:Job)->ChainPlan:
 @patch
 def rows_out(self:AnnotateParams, rows):
     "The rows that a later stage will see, for a plan"
-    return dealt_count(rows, self.count) if self.task == "cot" else rows
+    counts = dealt_count(rows.counts, self.count) if self.task == "cot" else rows.counts
+    return rows.resized(counts, more=0 if self.task == "classify" else 2 * self.max_new_tokens)
 
 @patch
 def estimate(self:AnnotateParams, plan, rows, origin):
@@ -208,7 +209,7 @@ def estimate(self:AnnotateParams, plan, rows, origin):
     calls = estimate_calls(self, rows)
     said = {"model": f"teacher {self.teacher}", "tokens": calls.bound + calls.completion}
     if isinstance(self.teacher, TeacherSpec): return said | {"dtype": "not on this machine", "price": calls.describe(check_caps(self).price)}
-    need = inference_memory(profile(origin(self.teacher)), plan, self.batch_size, 128 + self.max_new_tokens)
+    need = inference_memory(profile(origin(self.teacher)), plan, self.batch_size, max(rows.longest(s) for s in SPLITS) // 2 + self.max_new_tokens)
     return said | {"parameters": need["parameters"], "dtype": self.teacher.quantize or plan.dtype, "peak": need["peak"], "price": "none, the teacher is local"}
 
 # %% ../nbs/20_annotate.ipynb #c022
@@ -397,7 +398,7 @@ def write_chains(
     splits, dropped = load_splits(job.params.data, "cot")
     answer = lambda r: r["messages"][-1]["content"] if r["messages"][-1]["role"] == "assistant" else ""
     seeds = [{"id": r["id"], "split": s, "question": question(r)[-1]["content"], "answer": answer(r)} for s in SPLITS for r in splits[s]]
-    failures, wanted = {}, {s: len(part) for s, part in dealt_count(splits, job.params.count).items()}
+    failures, wanted = {}, dealt_count({s: len(part) for s, part in splits.items()}, job.params.count)
     rows, lost = expand(chain_plan(job), seeds, wanted, ask_chains(job, journal, failures))
     dropped = dict(Counter(dropped) + Counter(lost))
     parts = {s: [r for r in rows if r["split"] == s] for s in SPLITS}

@@ -487,7 +487,7 @@ class Rows:
         name:str, # what the rows are called in errors, without a path of this machine
         files:Iterable[Path]=(), # what they were read from, for the manifest
     ):
-        self.db, self.name, self.files = db, name, list(files)
+        self.db, self.name, self.files, self.more = db, name, list(files), 0
         dropped, = db.execute("select value from facts where name = 'dropped'").fetchone()
         self.dropped = json.loads(dropped)  # how many rows were left out, by reason
         self.counts = dict.fromkeys(SPLITS, 0) | dict(db.execute("select split, count(*) from rows group by split"))
@@ -525,7 +525,8 @@ def longest(self:Rows,
     split:str, # train, validation or test
 )->int: # UTF-8 bytes, of all messages together; 0 where there are no rows
     "The length of the longest conversation"
-    return self.db.execute("select max(bytes) from rows where split = ?", [split]).fetchone()[0] or 0
+    longest, = self.db.execute("select max(bytes) from rows where split = ?", [split]).fetchone()
+    return longest + self.more if longest else 0
 
 # %% ../nbs/04_data.ipynb #c028d
 @patch
@@ -544,10 +545,11 @@ def require(self:Rows,
 @patch
 def resized(self:Rows,
     counts:dict[str, int], # split: how many rows; one that is not named has none
+    more:int=0, # bytes that a plan takes each row to be longer by, such as an answer that is still to come
 )->Rows: # over the same database
     "The same rows, cut off or repeated. Raises `DistillError` where rows are wanted of an empty split"
     view = Rows(self.db, self.name, self.files)
-    view.counts = {s: counts.get(s, 0) for s in SPLITS}
+    view.counts, view.more = {s: counts.get(s, 0) for s in SPLITS}, self.more + more
     for s in SPLITS:
         if view.counts[s] and not self.counts[s]: raise DistillError(f"{self.name}: the {s} split is empty")
     return view

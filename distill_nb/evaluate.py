@@ -48,11 +48,12 @@ class EvaluateParams(StageParams):
     def makes(self)->tuple[str, ...]: return ("metrics",)
 
     def estimate(self, plan, rows, origin):
-        needs = {n: inference_memory(profile(origin(m)), plan, self.batch_size, 128 + self.max_new_tokens)
+        length = rows.longest("test") // 2 + self.max_new_tokens
+        needs = {n: inference_memory(profile(origin(m)), plan, self.batch_size, length)
                  for n, m in self.models.items()}
         largest = max(needs, key=lambda n: needs[n]["peak"])
         return {"model": f"largest is {largest}, {origin(self.models[largest])}", "dtype": self.models[largest].quantize or plan.dtype, **needs[largest],
-                "note": f"{min(len(rows.get('test', ())), self.samples or 10**9)} test rows, {len(self.models)} models, one at a time"}
+                "note": f"{min(rows.counts['test'], self.samples or 10**9)} test rows, {len(self.models)} models, one at a time"}
 
     @field_validator("models")
     @classmethod

@@ -48,10 +48,11 @@ class SftParams(StageParams):
 
     def makes(self): return ("adapter",) if self.method == "lora" else ("model",)
 
-    def estimate(self, plan, rows, origin=lambda spec: spec):
-        need = training_memory(profile(origin(self.model)), plan, self.batch_size, self.max_length,
+    def estimate(self, plan, rows, origin):
+        length = min(self.max_length, rows.longest("train") // 2)
+        need = training_memory(profile(origin(self.model)), plan, self.batch_size, length,
                                self.lora_r if self.method == "lora" else None, self.gradient_checkpointing)
-        steps = self.max_steps or math.ceil(self.epochs * math.ceil(len(rows.get("train", ())) / self.batch_size / self.gradient_accumulation))
+        steps = self.max_steps or math.ceil(self.epochs * math.ceil(rows.counts["train"] / self.batch_size / self.gradient_accumulation))
         return {"model": f"student {self.model}", "dtype": self.model.quantize or plan.train_dtype, "note": f"{steps} steps of {self.batch_size * self.gradient_accumulation} rows"} | need
 
     @model_validator(mode="after")

@@ -94,6 +94,11 @@ class TeacherSpec(Strict):
     "A teacher that is not a model on this machine"
     path_fields: ClassVar[tuple[str, ...]] = ()  # the fields that are paths on this machine
 
+    @property
+    def identity(self)->dict: # by content, never by path or address
+        "What tells its answers from those of another teacher"
+        raise NotImplementedError
+
     def check(self,
         keys:bool=True, # whether secrets have to be there already
     ):
@@ -106,6 +111,7 @@ class StageParams(Strict):
     runtime: ClassVar[tuple[str, ...]] = ()  # parameters that do not change what comes out, such as how often a checkpoint is saved
     path_fields: ClassVar[tuple[str, ...]] = ()  # parameters that are paths on this machine
     kept_files: ClassVar[tuple[str, ...]] = ()  # files that outlive a change of parameters, such as a journal of paid answers
+    families: ClassVar[tuple[str, ...]] = ("causal",)  # kinds of models that it works with, keys of 05_families' `FAMILIES`
     needs_splits: ClassVar[tuple[str, ...]] = ("train",)  # the splits of `data` that it cannot do without
     needs_answers: ClassVar[bool] = True  # whether each row of `data` must come with an answer
     out: str = Field("", description="folder that the stage writes into")
@@ -282,6 +288,7 @@ def finish_stage(
     aside = SIDE_FILES + params.kept_files
     outputs = [p for p in out.iterdir() if p.name not in aside and not p.name.startswith(".")]
     manifest = {"stage": state["stage"], "run": uuid.uuid4().hex, "fingerprint": state["fingerprint"],
+                "parts": state.get("parts", {}),
                 "parameters": params.model_dump(mode="json", exclude={"out"}), "summary": summary or {},
                 "upstream": state.get("upstream", {}), "inputs": describe_files(inputs, out), "outputs": describe_files(outputs, out),
                 "packages": package_versions(), "hardware": hardware or {}, "start": state["started"], "end": time.time()}

@@ -93,7 +93,7 @@ MISTAKES = {  # what is done to the recipe, and what must be said
     "a model that only the hub could have": (put("student", model="some-org/some-model"), ["recipe.yaml: stage 'student': model: some-org/some-model:", "hub"]),
     "a misspelt model": (put("annotate", teacher="smollm2-135m-instuct"), ["recipe.yaml: stage 'annotate': teacher:", "did you mean 'smollm2-135m-instruct'?"]),
     "a folder without a model": (put("annotate", teacher="./models"), ["recipe.yaml: stage 'annotate': teacher: ./models: no model there"]),
-    "a folder without an adapter": (put("distilled", adapter="./adapter"), ["recipe.yaml: stage 'distilled': adapter: ./adapter: no adapter or model there"]),
+    "a folder without an adapter": (put("distilled", adapter="./adapter"), ["recipe.yaml: stage 'distilled': adapter: ./adapter: no model there"]),
     "more layers than there are": (lambda r: stage(r, "student")["model"].update(layers=7), ["recipe.yaml: stage 'student': model: layers: 7: the model has 6"]),
     "no layers": (lambda r: stage(r, "student")["model"].update(layers=0), ["recipe.yaml: stage 'student': model", "layers", "0"]),
     "layers out of order": (lambda r: stage(r, "student")["model"].update(layers=[3, 1]), ["recipe.yaml: stage 'student': model: layers: [3, 1]: should be ascending"]),
@@ -108,7 +108,8 @@ MISTAKES = {  # what is done to the recipe, and what must be said
     "stages as a mapping": (put_top(stages={"sft": {}}), ["recipe.yaml: stages:", "list"]),
     "a stage with two names": (put_top(stages=[{"annotate": SOME_MODEL, "report": {}}]), ["recipe.yaml: stage 1:", "one name", "annotate", "report"]),
     "a stage whose parameters are a word": (put_top(stages=[{"annotate": "quickstart"}]), ["recipe.yaml: stage", "annotate", "'quickstart'"]),
-    "4-bit weights trained whole": (put("student", method="full", quantize="4bit"), ["recipe.yaml: stage 'student':", "quantize: 4-bit weights cannot be trained", "method: lora"]),
+    "4-bit weights trained whole": (put("student", method="full", model={"name": "smollm2-135m-instruct", "quantize": "4bit"}),
+                                    ["recipe.yaml: stage 'student':", "quantize: 4-bit weights cannot be trained", "method: lora"]),
     "no such baseline": (put("evaluate", baseline="bas"), ["recipe.yaml: stage 'evaluate': baseline:", "did you mean 'base'?"]),
 }
 
@@ -128,7 +129,7 @@ def test_the_tiny_recipe_itself_has_no_mistake(here, model):
     "Else the tests above could pass for a reason of their own"
     loaded, file = pipeline.load_recipe(str(write_recipe(here, model)))
     stages = pipeline.check_recipe(loaded, file)
-    pipeline.check_inputs(stages, loaded, file)
+    with pipeline.Opened() as opened: pipeline.check_inputs(stages, file, opened)
     assert [s.id for s in stages] == ["annotate", "student", "distilled", "evaluate", "report"]
 
 

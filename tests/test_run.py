@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from distill_nb import pipeline
+from distill_nb.hardware import plan_hardware
+from distill_nb.run import plan
 from distill_nb.core import read_json, read_jsonl
 
 from conftest import ROOT, command_line, snapshot, wait_gone, write_recipe
@@ -69,7 +71,8 @@ def states(work, *sets, redo=None, change=None):
     stages = pipeline.check_recipe(loaded, file)
     for s in stages: pipeline.make_local(s, file)
     pipeline.arrange_folders(stages, work.run)
-    pipeline.decide_all(stages, work.run, redo)
+    plan.take_fingerprints(stages, plan_hardware())
+    for n, s in enumerate(stages): plan.decide(s, plan.depends_on(s, stages[:n]), work.run, s.id == redo)
     return {s.id: s.state for s in stages}
 
 
