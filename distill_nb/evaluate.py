@@ -101,15 +101,14 @@ def answers_key(
 # %% ../nbs/45_evaluate.ipynb #c055
 def greedy_answers(
     name:str, # the model's name, for the log
-    model:Any, # from `load_model`
-    tokenizer:Any, # its own
+    loaded:Loaded, # from `load_model`
     rows:list[dict], # what `load_test_rows` gives
     max_new_tokens:int, # longest answer
     batch_size:int, # rows together
 )->list[dict]: # text, tokens, finish_reason; in the rows' order
     "A model's answers to the prompts of rows"
     answers, start, told = {}, time.perf_counter(), time.perf_counter()
-    for batch, done in generate_batches(model, tokenizer, [prompt_and_answer(r)[0] for r in rows], max_new_tokens, batch_size):
+    for batch, done in generate_batches(loaded, [prompt_and_answer(r)[0] for r in rows], max_new_tokens, batch_size):
         answers |= zip(batch, done)
         if time.perf_counter() - told > 30:
             told = time.perf_counter()
@@ -136,11 +135,10 @@ def predict(
         return saved | {"answers": read_jsonl(said)}
     about.unlink(missing_ok=True)  # it vouches for the answers, so it goes first and comes last
     loaded = load_model(spec)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    answers = greedy_answers(name, model, tokenizer, rows, max_new_tokens, batch_size)
+    answers = greedy_answers(name, loaded, rows, max_new_tokens, batch_size)
     write_jsonl(said, [{"id": r["id"], "prediction": a["text"], "tokens": a["tokens"], "finish_reason": a["finish_reason"]} for r, a in zip(rows, answers)])
-    write_json(about, {"key": key, "parameters": count_parameters(model), "nll": completion_nll(model, tokenizer, rows, batch_size) if nll else None})
-    free(model)
+    write_json(about, {"key": key, "parameters": count_parameters(loaded.model), "nll": completion_nll(loaded, rows, batch_size) if nll else None})
+    free(loaded.model)
     return read_json(about) | {"answers": read_jsonl(said)}
 
 # %% ../nbs/45_evaluate.ipynb #c058

@@ -148,7 +148,8 @@ def training_rows(
     "Load the rows to learn from. Raises `DistillError` where a row has no answer, or none fits"
     from datasets import Dataset
     rows = load_split(data, "train")
-    sizes = [encode_scored(tokenizer, r) for r in rows]
+    encoded = [encode(tokenizer, r, FAMILIES["causal"]) for r in rows]
+    sizes = [(e.input_ids, sum(l != -100 for l in e.labels)) for e in encoded]
     train = [r for r, (ids, answer) in zip(rows, sizes) if len(ids) - answer < max_length]
     cut = sum(len(ids) - answer < max_length < len(ids) for ids, answer in sizes)
     log(f"{len(train)} rows, the longest of {max(len(ids) for ids, _ in sizes)} tokens" + (f"; {cut} are longer than max_length={max_length} and lose their end" if cut else ""))

@@ -219,15 +219,15 @@ def test_errors_name_the_row(monkeypatch, rows, message):
 def counted(monkeypatch):
     "Models that count how often they are loaded; the second one fails until it is mended"
     seen = {"loads": [], "broken": True}
-    def load(spec, quantize):
+    def load(spec):
         seen["loads"].append(spec.name)
-        return SimpleNamespace(name=spec.name), None
-    def generate(model, tokenizer, conversations, max_new_tokens, batch_size):
-        if model.name == "b" and seen["broken"]: raise KeyboardInterrupt
-        yield list(range(len(conversations))), [{"text": f"{model.name}: {c[-1]['content']}", "tokens": 2, "finish_reason": "stop"} for c in conversations]
+        return SimpleNamespace(model=spec.name)
+    def generate(loaded, conversations, max_new_tokens, batch_size):
+        if loaded.model == "b" and seen["broken"]: raise KeyboardInterrupt
+        yield list(range(len(conversations))), [{"text": f"{loaded.model}: {c[-1]['content']}", "tokens": 2, "finish_reason": "stop"} for c in conversations]
     monkeypatch.setattr(ev, "load_model", load)
     monkeypatch.setattr(ev, "generate_batches", generate)
-    monkeypatch.setattr(ev, "completion_nll", lambda model, tokenizer, rows, batch_size: [(1.0, 2)] * len(rows))
+    monkeypatch.setattr(ev, "completion_nll", lambda loaded, rows, batch_size: [(1.0, 2)] * len(rows))
     monkeypatch.setattr(ev, "count_parameters", lambda model: 7)
     monkeypatch.setattr(ev, "free", lambda model: None)
     return seen

@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from distill_nb import sft
-from distill_nb.families import prompt_completion
+from distill_nb.families import FAMILIES, encode, prompt_completion
 from distill_nb.hardware import plan_hardware
-from distill_nb.generate import encode_scored
 from distill_nb.models import load_model
 from distill_nb.core import DistillError, write_jsonl
 from distill_nb.stage import ModelSpec
@@ -31,7 +30,7 @@ def test_only_the_answers_tokens_are_learnt(trainer):
 def test_the_loss_is_the_cross_entropy_of_those_tokens(trainer, model):
     "Against the textbook formula on full logits, from a model that no trainer has touched"
     batch = next(iter(trainer.get_train_dataloader()))
-    plain, _ = load_model(ModelSpec(name=str(model)), dtype="float32")
+    plain = load_model(ModelSpec(name=str(model)), dtype="float32").model
     with torch.inference_mode():
         logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         wanted = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), batch["labels"][:, 1:].reshape(-1), ignore_index=-100)
@@ -41,10 +40,10 @@ def test_the_loss_is_the_cross_entropy_of_those_tokens(trainer, model):
 
 
 def test_rows_that_do_not_fit_are_left_out_and_counted(model, tmp_path, capsys):
-    _, tokenizer = load_model(ModelSpec(name=str(model)), dtype="float32")
+    tokenizer = load_model(ModelSpec(name=str(model)), dtype="float32").tokenizer
     long = [{"id": "long", "messages": [{"role": "user", "content": "x" * 500}, {"role": "assistant", "content": "Yes."}], "meta": {}}]
     write_jsonl(tmp_path/"train.jsonl", ROWS + long)
-    limit = max(len(encode_scored(tokenizer, r)[0]) for r in ROWS)
+    limit = max(len(encode(tokenizer, r, FAMILIES["causal"]).input_ids) for r in ROWS)
     train, validation = sft.training_rows(str(tmp_path), tokenizer, limit)
     assert len(train) == 3 and validation is None and "1 rows are left out" in capsys.readouterr().out
     with pytest.raises(DistillError, match="max_length: 8: every prompt alone is longer"): sft.training_rows(str(tmp_path), tokenizer, 8)

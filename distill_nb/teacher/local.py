@@ -25,8 +25,7 @@ from .labels import *
 # %% ../../nbs/15_teacher.local.ipynb #c006
 def local_entries(
     requests:list[tuple[Request, str]], # calls and keys
-    model:Any, # loaded
-    tokenizer:Any, # its tokenizer
+    loaded:Loaded, # a causal model
     batch_size:int, # rows together
     name:str, # for the journal
 )->Iterator[list[tuple]]: # entries of one batch
@@ -34,26 +33,26 @@ def local_entries(
     same = lambda r: (r[0].labels, len(r[0].starts), r[0].max_new_tokens, r[0].temperature)
     for (labels, _, limit, temperature), group in itertools.groupby(sorted(requests, key=same), same):
         group = list(group)
-        answers = label_batches(model, tokenizer, [r for r, _ in group], batch_size) if labels else generate_batches(model, tokenizer, [r.messages for r, _ in group], limit, batch_size, temperature)
+        if labels: answers = label_batches(loaded, [r for r, _ in group], batch_size)
+        else: answers = generate_batches(loaded, [r.messages for r, _ in group], limit, batch_size, temperature)
         for batch, bodies in answers:
             for body in bodies: body |= {"model": name} | ({} if body["text"] else {"problem": "empty answer"})
             yield [entry("answer", group[i][1], b | {"asked": group[i][0].asked}, Usage(b["prompt_tokens"], b["tokens"])) for i, b in zip(batch, bodies)]
 
 def label_batches(
-    model:Any, # loaded
-    tokenizer:Any, # its tokenizer
+    loaded:Loaded, # a causal model
     requests:list[Request], # with the same labels
     batch_size:int, # rows together
 )->Iterator[tuple[list[int], list[dict]]]: # indices into `requests`, and their answers
     "Score every label as the continuation of every prompt, once for each draw of examples"
-    labels = requests[0].labels
+    labels, tokenizer = requests[0].labels, loaded.tokenizer
     for start in range(0, len(requests), 8 * batch_size):
         some, opinions, used = requests[start:start + 8 * batch_size], [], Counter()
         for draw in range(max(1, len(some[0].starts))):
             prompts = [render_prompt(tokenizer, r.messages) + (r.starts[draw] if r.starts else "") for r in some]
-            scores = score_continuations(model, tokenizer, prompts, [f" {l}" if some[0].starts else l for l in labels], batch_size)
+            scores = score_continuations(loaded, prompts, [f" {l}" if some[0].starts else l for l in labels], batch_size)
             opinions.append([softmax(dict(zip(labels, s))) for s in scores])
-            used.update({i: len(tokens) for i, tokens in enumerate(tokenizer(prompts, add_special_tokens=False)["input_ids"])})
+            used.update({i: len(token_ids(tokenizer, p)) for i, p in enumerate(prompts)})
         bodies = []
         for i, draws in enumerate(zip(*opinions)):
             best = max(together := opinion(draws), key=together.get)
@@ -114,14 +113,13 @@ def answer_locally(
         import torch
         torch.manual_seed(seed)
         loaded = load_model(spec)
-        model, tokenizer = loaded.model, loaded.tokenizer
     while window:
         worst = sum((worst_case(meter, r) for r, _ in window), Usage())
         if cap := meter.passed(worst): raise DistillError(f"teacher {spec}: the next batch could pass {cap} ({meter} so far); what was answered is kept: raise the cap, and the same command goes on")
-        for entries in [vllm_entries(window, llm, name)] if llm else local_entries(window, model, tokenizer, batch_size, name):
+        for entries in [vllm_entries(window, llm, name)] if llm else local_entries(window, loaded, batch_size, name):
             journal.put(entries)
             meter.settle(Usage(), Usage(sum(e[4] for e in entries), sum(e[5] for e in entries)))
             progress.step(len(entries))
         window = list(itertools.islice(source, size))
-    if not llm: free(model)
+    if not llm: free(loaded.model)
     return {}
