@@ -148,8 +148,8 @@ def execute(
     import papermill
     with in_one_line(stage, folder), open(folder/"stage.log", "a", encoding="utf-8") as out, quiet_papermill(), errors_to(out), \
          private_kernel() as private:
-        papermill.execute_notebook(stage.notebook, folder/"notebook.ipynb", parameters, kernel_name="python3", progress_bar=False,
-                                   cwd=folder, config=private, stdout_file=Tee(out, True), stderr_file=Tee(out, False))
+        papermill.execute_notebook(stage.notebook, folder/"notebook.ipynb", parameters, kernel_name="python3", language="python",
+                                   progress_bar=False, cwd=folder, config=private, stdout_file=Tee(out, True), stderr_file=Tee(out, False))
 
 # %% ../nbs/63_pipeline.ipynb #c044
 def stage_parameters(
