@@ -44,7 +44,7 @@ class DataSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_short(cls, v):
-        if isinstance(v, str): return {"path": v}
+        if isinstance(v, str | Path): return {"path": str(v)}
         if isinstance(v, list) or hasattr(v, "to_dict"): v = {"rows": v}
         return {"path": "rows in memory"} | v if isinstance(v, dict) and v.get("rows") is not None else v
 
