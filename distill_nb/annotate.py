@@ -41,12 +41,11 @@ class AnnotateParams(StageParams):
     "What annotation takes"
     kept_files = ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", ".journal.sqlite.lock", "shards", "broken", "batch", ".rows.sqlite")
     path_fields = ("sync_to",)
-    runtime = ("batch_size", "sync_to", "shard_rows", "max_cost", "max_tokens")
     needs_answers = False
     out: str = Field("runs/adhoc/annotate", description="folder that this stage writes into")
     teacher: TeacherRef
     data: DataRef
-    task: Task = "chat"
+    task: Literal["chat", "qa", "classify", "cot"] = "chat"
     system: str = ""
     prompts: dict[str, str] = {}
     labels: list[str] = []
@@ -121,7 +120,9 @@ class Job:
             messages = [{"role": "user", "content": fill(self.templates["instruction"], {}, {"labels": ", ".join(self.labels)})}]
             starts = tuple(start_label(text, self.templates, draw) for draw in self.examples)
         else: messages = ask_label(text, self.labels, self.templates, self.examples[0] if self.examples else ())
-        return Request(messages, p.max_new_tokens, p.temperature, p.seed, labels=self.labels, starts=starts, logprobs=p.probabilities and isinstance(p.teacher, TeacherSpec))
+        local = isinstance(p.teacher, ModelSpec)
+        return Request(messages, p.max_new_tokens, p.temperature, p.seed, labels=self.labels, starts=starts,
+                       logprobs=p.probabilities and not local, scoring=SCORING if local else 0)
 
     def key(self, row:dict)->str: return self.request(row).key(self.identity)
 

@@ -22,7 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distill_nb.annotate import AnnotateParams, annotate
-from distill_nb.teacher.api import Caller, Endpoint
+from distill_nb.teacher.api import ApiTeacher, Caller, Endpoint
 from distill_nb.core import DistillError, read_json, read_jsonl
 from distill_nb.stage import check, open_stage
 from distill_nb.data import hash_rank
@@ -142,7 +142,7 @@ def work(tmp_path, api): return Work(tmp_path, api)
 @pytest.fixture
 def quick(monkeypatch):
     "Retries after milliseconds"
-    monkeypatch.setattr("distill_nb.api.backoff", lambda n: 0.01)
+    monkeypatch.setattr("distill_nb.teacher.api.backoff", lambda n: 0.01)
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_a_call_that_hangs_is_given_up_and_counted_at_its_worst_case(marker, exp
 
 @pytest.mark.parametrize("marker", ["429xinf", "429raxinf"])
 def test_a_row_that_is_always_put_off_is_given_up_when_patience_ends(marker, work, monkeypatch):
-    monkeypatch.setattr("distill_nb.api.backoff", lambda n: 0.05)
+    monkeypatch.setattr("distill_nb.teacher.api.backoff", lambda n: 0.05)
     rows = questions(12)
     rows["row-007"] += f" [[{marker}]]"
     work.annotate(rows, teacher={"patience": 0.5})
@@ -273,6 +273,14 @@ def test_the_server_is_not_asked_again_before_it_said(work, quick, monkeypatch):
     monkeypatch.setattr(Caller, "_ask", noted)
     work.annotate(questions(4) | {"row-002": "Later, please [[429rax2]]"})
     assert len(asked) == 3 and all(b - a >= 0.7 for a, b in zip(asked, asked[1:])) and len(work.answers) == 4
+
+
+def test_a_failure_says_how_many_times_the_call_was_sent(work, quick, monkeypatch):
+    "One more was said than were sent"
+    rows = questions(4) | {"often": "Never [[500xinf]]", "once": "Too long [[contextx1]]", "mixed": "Limits and errors [[429x2]] [[500xinf]]"}
+    work.annotate(rows, teacher={"tries": 3})
+    assert {f["id"]: f["tries"] for f in read_jsonl(work.out/"failures.jsonl")} == {"often": 3, "once": 1, "mixed": 5}
+    assert work.api.stats()["requests"] == 4 + 3 + 1 + 5
 
 
 def test_every_row_that_failed_says_so_where_one_text_stands_for_many(work, quick):
@@ -344,6 +352,14 @@ def test_a_key_that_is_not_set_or_is_no_name_is_refused_before_any_request(work,
     assert CANARY not in str(refused.value) and work.api.stats()["requests"] == 0
 
 
+def test_a_key_that_is_pasted_into_a_teacher_in_a_notebook_is_not_printed():
+    "Where no recipe is read and pydantic itself says what is wrong"
+    for make in (lambda: ApiTeacher(api="m", key="sk-" + CANARY), lambda: ApiTeacher(api="m", api_key=CANARY), lambda: ApiTeacher(api="m", address=f"https://me:{CANARY}@host/v1"),
+                 lambda: AnnotateParams(data="quickstart", teacher={"api": "m", "key": "sk-" + CANARY})):
+        with pytest.raises(ValueError) as refused: make()
+        assert CANARY not in str(refused.value) + repr(refused.value) + "".join(traceback.format_exception(refused.value))
+
+
 def test_the_key_of_a_provider_is_sent_to_nobody_else(work, monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENROUTER_API_KEY"): monkeypatch.setenv(name, CANARY)
     work.annotate(questions(3))
@@ -395,7 +411,7 @@ def test_twenty_kills_lose_no_answer_that_was_kept_and_pay_twice_for_calls_in_fl
 
 INTERRUPTED = """
 import os, signal, sys
-from distill_nb import api
+from distill_nb.teacher import api
 from distill_nb.annotate import AnnotateParams, annotate
 say = api.log
 def twice(line):
@@ -639,7 +655,7 @@ def test_when_all_addresses_are_dead_the_run_says_so_and_another_address_goes_on
 
 @pytest.mark.parametrize("limits", [{"max_concurrent": 4, "latency": 0.02}, {"rate_limit": 100, "burst": 10, "latency": 0.01}], ids=["at once", "a second"])
 def test_the_pace_adapts_to_what_the_server_allows(limits, work, monkeypatch):
-    monkeypatch.setattr("distill_nb.api.backoff", lambda n: 0.05 * 2**n * random.uniform(0.5, 1))  # a tenth of the real one, in step with the mock's pace
+    monkeypatch.setattr("distill_nb.teacher.api.backoff", lambda n: 0.05 * 2**n * random.uniform(0.5, 1))  # a tenth of the real one, in step with the mock's pace
     limited, at_once, note = [], [], Endpoint.note
     def noted(self, verdict, now):
         note(self, verdict, now)

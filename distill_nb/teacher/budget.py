@@ -9,6 +9,7 @@ __all__ = ['FREE', 'PER_MESSAGE', 'Price', 'find_price', 'prompt_bound', 'prompt
 import json, math, time
 from dataclasses import dataclass
 
+from fastcore.basics import patch
 from pydantic import Field
 
 from ..core import *
@@ -21,9 +22,12 @@ class Price(Strict):
     input: float = Field(ge=0, description="US dollars a million prompt tokens")
     output: float = Field(ge=0, description="US dollars a million completion tokens")
 
-    def cost(self, prompt_tokens:int, completion_tokens:int)->float: return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
+    def cost(self, prompt_tokens:int, completion_tokens:int)->float: # US dollars
+        return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
 
-    def __str__(self): return f"${self.input:g} a million tokens in, ${self.output:g} out" if self.input or self.output else "nothing"
+    def __str__(self):
+        if not self.input and not self.output: return "nothing"
+        return f"${self.input:g} a million tokens in, ${self.output:g} out"
 
 FREE = Price(input=0, output=0)
 
@@ -34,9 +38,9 @@ def find_price(
     "Look up what a provider asks for a model"
     import genai_prices
     million = genai_prices.Usage(input_tokens=1_000_000, output_tokens=1_000_000)
-    try: found = genai_prices.calc_price(million, model, provider_api_url=address)
+    try: asked = genai_prices.calc_price(million, model, provider_api_url=address)
     except LookupError: return None
-    return Price(input=float(found.input_price), output=float(found.output_price))
+    return Price(input=float(asked.input_price), output=float(asked.output_price))
 
 # %% ../../nbs/11_teacher.budget.ipynb #c008
 PER_MESSAGE = 16  # tokens that a chat template puts around a message, at most
@@ -49,9 +53,13 @@ def prompt_bound(
     texts = [m["content"] for m in messages] + ([json.dumps(schema)] if schema else [])
     return sum(len(t.encode()) for t in texts) + PER_MESSAGE * (len(texts) + 1)
 
-def prompt_guess(messages:list[dict], schema:dict|None=None)->int: # tokens
+def prompt_guess(
+    messages:list[dict], # role, content
+    schema:dict|None=None, # sent along
+)->int: # tokens
     "About as many tokens as a prompt will have"
-    return math.ceil(sum(len(m["content"].encode()) for m in messages) / 4) + 8 * len(messages) + (len(json.dumps(schema)) // 4 if schema else 0)
+    text = math.ceil(sum(len(m["content"].encode()) for m in messages) / 4)
+    return text + 8 * len(messages) + (len(json.dumps(schema)) // 4 if schema else 0)
 
 # %% ../../nbs/11_teacher.budget.ipynb #c011
 class Meter:
@@ -63,28 +71,47 @@ class Meter:
         paid:Usage=Usage(), # what the journal holds already
     ):
         if max_cost is not None and price is None:
-            raise DistillError(f"max_cost: {max_cost}: the teacher's price is not known, so the cap cannot be kept; give it, as price: {{input: 0.5, output: 1.5}} (US dollars a million tokens)")
-        self.price, self.max_cost, self.max_tokens, self.paid, self.reserved = price, max_cost, max_tokens, paid, Usage()
+            raise DistillError(f"max_cost: {max_cost}: the teacher's price is not known, so the cap cannot be kept; "
+                               "give it, such as price: {input: 0.5, output: 1.5} (US dollars a million tokens)")
+        self.price, self.max_cost, self.max_tokens = price, max_cost, max_tokens
+        self.paid, self.reserved = paid, Usage()
 
     def usage(self, prompt_tokens:int, completion_tokens:int)->Usage:
         "Tokens with their cost"
-        return Usage(prompt_tokens, completion_tokens, self.price.cost(prompt_tokens, completion_tokens) if self.price else None)
+        cost = self.price.cost(prompt_tokens, completion_tokens) if self.price else None
+        return Usage(prompt_tokens, completion_tokens, cost)
 
-    def passed(self, more:Usage)->str: # "" where they fit
-        "Which cap some more tokens would pass"
-        then = self.paid + self.reserved + more
-        if self.max_tokens is not None and then.tokens > self.max_tokens: return f"max_tokens: {self.max_tokens:,}"
-        if self.max_cost is not None and (then.cost is None or then.cost > self.max_cost): return f"max_cost: {self.max_cost:g}"
-        return ""
+# %% ../../nbs/11_teacher.budget.ipynb #c011a
+@patch
+def passed(self:Meter, more:Usage)->str: # "" where they fit
+    "Which cap some more tokens would pass"
+    then = self.paid + self.reserved + more
+    if self.max_tokens is not None and then.tokens > self.max_tokens: return f"max_tokens: {self.max_tokens:,}"
+    if self.max_cost is None: return ""
+    return f"max_cost: {self.max_cost:g}" if then.cost is None or then.cost > self.max_cost else ""
 
-    def reserve(self, worst:Usage): self.reserved += worst
+@patch
+def reserve(self:Meter, worst:Usage):
+    "Set aside the most that a call can cost"
+    self.reserved += worst
 
-    def settle(self, worst:Usage, real:Usage): self.reserved, self.paid = self.reserved - worst, self.paid + real
+@patch
+def settle(self:Meter, worst:Usage, real:Usage):
+    "A call is over: what it cost takes the place of what was set aside"
+    self.reserved, self.paid = self.reserved - worst, self.paid + real
 
-    def __str__(self):
-        cap = f" of {self.max_tokens:,}" if self.max_tokens is not None else ""
-        money = "" if self.price == FREE else ", price unknown" if self.paid.cost is None or not self.price else f", ${self.paid.cost:.4f}" + (f" of ${self.max_cost:g}" if self.max_cost is not None else "")
-        return f"{self.paid.tokens:,} tokens{cap}{money}"
+# %% ../../nbs/11_teacher.budget.ipynb #c011c
+@patch
+def money(self:Meter)->str: # "" where nothing is asked
+    "What was paid, in dollars"
+    if self.price == FREE: return ""
+    if self.price is None or self.paid.cost is None: return "price unknown"
+    return f"${self.paid.cost:.4f}" + (f" of ${self.max_cost:g}" if self.max_cost is not None else "")
+
+@patch
+def __str__(self:Meter):
+    tokens = f"{self.paid.tokens:,} tokens" + (f" of {self.max_tokens:,}" if self.max_tokens is not None else "")
+    return ", ".join(filter(None, [tokens, self.money()]))
 
 # %% ../../nbs/11_teacher.budget.ipynb #c014
 @dataclass
@@ -97,14 +124,24 @@ class Estimate:
 
     def add(self, messages:list[dict], max_new_tokens:int, schema:dict|None=None):
         "Count one more call"
-        self.calls, self.completion = self.calls + 1, self.completion + max_new_tokens
-        self.guess, self.bound = self.guess + prompt_guess(messages, schema), self.bound + prompt_bound(messages, schema)
+        self.calls += 1
+        self.guess += prompt_guess(messages, schema)
+        self.bound += prompt_bound(messages, schema)
+        self.completion += max_new_tokens
         return self
+
+    def money(self, price:Price|None)->str: # "" where nothing is asked
+        "What it will cost, in dollars"
+        if price == FREE: return ""
+        if price is None: return "the price is unknown"
+        about, most = (price.cost(prompt, self.completion) for prompt in (self.guess, self.bound))
+        return f"about ${about:.4f}, at most ${most:.4f}"
 
     def describe(self, price:Price|None)->str:
         "In a line"
-        money = "the price is unknown" if price is None else "" if price == FREE else f"about ${price.cost(self.guess, self.completion):.4f}, at most ${price.cost(self.bound, self.completion):.4f}"
-        return f"{self.calls:,} calls, about {self.guess:,} tokens in, at most {self.completion:,} out" + (f"; {money}" if money else "")
+        calls = f"{self.calls:,} call" + ("s" if self.calls != 1 else "")
+        tokens = f"{calls}, about {self.guess:,} tokens in, at most {self.completion:,} out"
+        return "; ".join(filter(None, [tokens, self.money(price)]))
 
 # %% ../../nbs/11_teacher.budget.ipynb #c017
 class Progress:
@@ -115,7 +152,8 @@ class Progress:
         every:float=10, # seconds between two lines
     ):
         from tqdm.auto import tqdm
-        self.total, self.meter, self.every, self.done, self.start, self.said, self.before = total, meter, every, 0, time.monotonic(), None, meter.paid.completion_tokens
+        self.total, self.meter, self.every, self.done = total, meter, every, 0
+        self.start, self.last_line, self.before = time.monotonic(), None, meter.paid.completion_tokens
         self.bar = tqdm(total=total, desc="teacher", mininterval=1)
 
     def step(self, n:int=1, note:str=""):
@@ -124,10 +162,11 @@ class Progress:
         self.bar.set_postfix_str(f"{self.meter}{note}", refresh=False)
         self.bar.update(n)
         now = time.monotonic()
-        if self.said is None or self.done == self.total or now - self.said > self.every:
+        if self.last_line is None or self.done == self.total or now - self.last_line > self.every:
             rate = (self.meter.paid.completion_tokens - self.before) / max(now - self.start, 1e-9)
-            log(f"teacher: {self.done} of {self.total} answers, " + (f"{rate:.0f} tokens/s, " if rate else "") + f"{self.meter}{note}")
-            self.said = now
+            speed = f"{rate:.0f} tokens/s, " if rate else ""
+            log(f"teacher: {self.done} of {self.total} answers, {speed}{self.meter}{note}")
+            self.last_line = now
 
     def __enter__(self): return self
     def __exit__(self, *_): self.bar.close()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'Ask', 'LEAD', 'final_answer', 'same_answer', 'Solution', 'majority', 'shingles', 'Seen', 'ChainPlan',
-           'usable', 'solve', 'read_question', 'transform', 'shares', 'deal', 'expand']
+           'usable', 'solve', 'read_question', 'transform', 'shares', 'deal', 'new_questions', 'offspring', 'expand']
 
 # %% ../../nbs/17_teacher.chains.ipynb #c002
 import re
@@ -17,14 +17,17 @@ from ..core import *
 from .prompts import *
 
 # %% ../../nbs/17_teacher.chains.ipynb #c005
-ENDINGS = (r"^[\W_]*(?:final\s+)?answer[\s*_]*[:：][\s*_]*(?P<a>\S.*)$", r"^####\s*(?P<a>\S.*)$", r"\\boxed\{(?P<a>[^{}]+)\}", r"\banswer is:?\s+(?P<a>[^\n]+?)(?=\.?\s*$|\.\s)")
+ENDINGS = (r"^[\W_]*(?:final\s+)?answer[\s*_]*[:：][\s*_]*(?P<a>\S.*)$",
+           r"^####\s*(?P<a>\S.*)$",
+           r"\\boxed\{(?P<a>[^{}]+)\}",
+           r"\banswer is:?\s+(?P<a>[^\n]+?)(?=\.?\s*$|\.\s)")
 
 def final_answer(
     text:str, # a solution
 )->str: # "" where it does not say
     "The answer that a solution ends with"
-    found = [(m.start(), m["a"]) for pattern in ENDINGS for m in re.finditer(pattern, text, re.M | re.I)]
-    return max(found)[1].strip().strip("*_$ ").rstrip(".").strip() if found else ""
+    endings = [(m.start(), m["a"]) for pattern in ENDINGS for m in re.finditer(pattern, text, re.M | re.I)]
+    return max(endings)[1].strip().strip("*_$ ").rstrip(".").strip() if endings else ""
 
 def same_answer(
     answer:str, # from `final_answer`
@@ -94,7 +97,9 @@ class ChainPlan:
     near_duplicate: float = 0.7       # from this share of shingles in common
     rounds: int = 4                   # before the rest is given up
 
-    def request(self, prompt:str, sample:int)->Request: return Request([{"role": "user", "content": prompt}], self.max_new_tokens, self.temperature, self.seed, sample)
+    def request(self, prompt:str, sample:int)->Request:
+        messages = [{"role": "user", "content": prompt}]
+        return Request(messages, self.max_new_tokens, self.temperature, self.seed, sample)
 
 Ask = Callable[[list[Request]], list[dict|None]]  # answers in the order of the requests; None where there is none
 
@@ -108,8 +113,10 @@ def solve(
     ask:Ask, # the teacher
 )->list[Solution|None]: # None where no sample can be used
     "Solve questions, by majority where there are several samples"
-    answers = ask([plan.request(fill(plan.templates["solve"], {"question": q}), s) for q in questions for s in range(plan.samples)])
-    return [majority([usable(a) for a in answers[i:i + plan.samples]]) for i in range(0, len(answers), plan.samples)]
+    prompts = [fill(plan.templates["solve"], {"question": q}) for q in questions]
+    answers = ask([plan.request(p, s) for p in prompts for s in range(plan.samples)])
+    texts = [usable(a) for a in answers]
+    return [majority(texts[i:i + plan.samples]) for i in range(0, len(texts), plan.samples)]
 
 # %% ../../nbs/17_teacher.chains.ipynb #c015
 LEAD = re.compile(r"^\W*(?:here (?:is|'s)[^\n:]*:|(?:new )?(?:problem|question)\s*(?:\d+\s*)?:)[\s*_]*", re.I)
@@ -127,15 +134,18 @@ def transform(
     ask:Ask, # the teacher
 )->list[str]: # new questions, "" where there is none
     "Ask for variations of seeds"
-    prompts = [fill(plan.templates["transform"], {"question": seed["question"], "solution": solution.text}, {"variation": str(v)}) for seed, solution, v in wanted]
-    answers = ask([plan.request(p, v) for p, (_, _, v) in zip(prompts, wanted)])
-    return [read_question(usable(a)) if a and a.get("finish_reason") != "length" else "" for a in answers]  # half a question is none
+    def request(seed, solution, variation):
+        texts = {"question": seed["question"], "solution": solution.text}
+        prompt = fill(plan.templates["transform"], texts, {"variation": str(variation)})
+        return plan.request(prompt, variation)
+    answers = ask([request(*w) for w in wanted])
+    return [read_question(usable(a)) if a and a.get("finish_reason") != "length" else "" for a in answers]
 
+# %% ../../nbs/17_teacher.chains.ipynb #c018
 def shares(total:int, parts:int)->list[int]:
     "`total` in `parts` whole numbers that differ by one at most"
     return [total // parts + (i < total % parts) for i in range(parts)]
 
-# %% ../../nbs/17_teacher.chains.ipynb #c018
 def deal(
     seeds:list[dict], # id, split
     counts:dict[str, int], # new questions that each split wants
@@ -144,35 +154,61 @@ def deal(
     wanted = {}
     for split, count in counts.items():
         ids = [s["id"] for s in seeds if s["split"] == split]
-        wanted |= dict(zip(ids, shares(count, len(ids)))) if ids else {}
+        if ids: wanted |= dict(zip(ids, shares(count, len(ids))))
     return wanted
 
+# %% ../../nbs/17_teacher.chains.ipynb #c018c
+def new_questions(
+    plan:ChainPlan, # templates, sampling
+    wanted:list[tuple[dict, Solution, int]], # seed, its solution, number of the variation
+    seen:Seen, # every question so far
+    dropped:Counter, # counts what is left out, by reason
+    ask:Ask, # the teacher
+)->list[tuple[dict, Solution, int, str]]: # seed, its solution, number, and the new question
+    "Ask for variations, and keep those that are new"
+    kept = []
+    for w, question in zip(wanted, transform(plan, wanted, ask)):
+        if len(question) < 10: dropped["no question"] += 1
+        elif not seen.add(question): dropped["near-duplicate"] += 1
+        else: kept.append((*w, question))
+    return kept
+
+def offspring(
+    seed:dict, # id, split, question
+    solution:Solution, # the seed's
+    variation:int, # its number
+    question:str, # the new one
+    its:Solution, # the new question's
+)->dict:
+    "A new question with what belongs to it"
+    return {"id": f"{seed['id']}-v{variation:03d}", "split": seed["split"], "seed": seed["id"],
+            "original_question": seed["question"], "original_solution": solution.text, "new_question": question,
+            "new_solution": its.text, "answer": its.answer, "agreement": its.agreement}
+
+# %% ../../nbs/17_teacher.chains.ipynb #c018d
 def expand(
     plan:ChainPlan, # templates, sampling
     seeds:list[dict], # id, split, question
     counts:dict[str, int], # new questions that each split wants
     ask:Ask, # the teacher
-)->tuple[list[dict], dict[str, int]]: # id, split, seed, question, solution and what belongs to them; and what was dropped, by reason
+)->tuple[list[dict], dict[str, int]]: # from `offspring`, in the order of the seeds; and what was dropped, by reason
     "Make new questions with solutions from seeds"
     seen, dropped, rows, used = Seen(plan.near_duplicate), Counter(), [], Counter()
-    solved = [(s, solution) for s, solution in zip(seeds, solve(plan, [s["question"] for s in seeds], ask)) if solution]
+    solutions = solve(plan, [s["question"] for s in seeds], ask)
+    solved = [(s, solution) for s, solution in zip(seeds, solutions) if solution]
     if len(solved) < len(seeds): dropped["seed without a usable solution"] = len(seeds) - len(solved)
     for s in seeds: seen.add(s["question"])
     missing = deal([s for s, _ in solved], counts)
     for _ in range(plan.rounds):
         wanted = [(s, solution, used[s["id"]] + i + 1) for s, solution in solved for i in range(missing[s["id"]])]
         if not wanted: break
-        new = []
-        for (s, solution, v), question in zip(wanted, transform(plan, wanted, ask)):
-            used[s["id"]] = v
-            if len(question) < 10: dropped["no question"] += 1
-            elif not seen.add(question): dropped["near-duplicate"] += 1
-            else: new.append((s, solution, v, question))
-        for (s, solution, v, question), its in zip(new, solve(plan, [q for *_, q in new], ask)):
+        for s, _, variation in wanted: used[s["id"]] = variation
+        new = new_questions(plan, wanted, seen, dropped, ask)
+        for n, its in zip(new, solve(plan, [question for *_, question in new], ask)):
             if its is None: dropped["no usable solution"] += 1; continue
-            missing[s["id"]] -= 1
-            rows.append({"id": f"{s['id']}-v{v:03d}", "split": s["split"], "seed": s["id"], "original_question": s["question"], "original_solution": solution.text, "new_question": question,
-                         "new_solution": its.text, "answer": its.answer, "agreement": its.agreement})
-    if short := sum(counts.values()) - len(rows): log(f"{short} of {sum(counts.values())} new questions could not be had in {plan.rounds} rounds")
+            rows.append(offspring(*n, its))
+            missing[rows[-1]["seed"]] -= 1
+    if short := sum(counts.values()) - len(rows):
+        log(f"{short} of {short + len(rows)} new questions could not be had in {plan.rounds} rounds")
     place = {s["id"]: n for n, s in enumerate(seeds)}
     return sorted(rows, key=lambda r: (place[r["seed"]], r["id"])), dict(dropped)
