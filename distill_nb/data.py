@@ -498,12 +498,13 @@ def order_rows(
     standing:bool=False, # whether the splits stand already
 ):
     "Fill the table `rows`: chosen, in order, each with its split"
-    chosen = f"from raw order by a, b limit {-1 if standing or not spec.samples else spec.samples}"
-    total, = db.execute(f"select count(*) from (select 1 {chosen})").fetchone()
-    groups = (a for a, in db.execute(f"select a {chosen}"))
+    total, = db.execute("select count(*) from raw").fetchone()
+    if spec.samples and not standing: total = min(total, spec.samples)
+    chosen = db.execute("select a, id, answered, bytes, row from raw order by a, b limit ?", [total])
+    for_groups, for_rows = itertools.tee(chosen)  # read side by side: neither is ever far ahead
+    groups = (a for a, *_ in for_groups)
     splits = (SPLITS[int(a)] for a in groups) if standing else deal_splits(groups, total, spec)
-    rows = db.execute(f"select id, answered, bytes, row {chosen}")
-    for n, (split, (id, *rest)) in enumerate(zip(splits, rows, strict=True), 1):
+    for n, (split, (_, id, *rest)) in enumerate(zip(splits, for_rows), 1):
         db.execute("insert into rows values (?, ?, ?, ?, ?, ?)", [n, id, split, *rest])
     db.execute("drop table raw")
 
@@ -631,7 +632,7 @@ def fill_database(
         if not spec.repeats: join_repeats(db)
         order_rows(db, spec)
     db.executemany("insert into facts values (?, ?)", [("dropped", json.dumps(dropped)), ("stamp", stamp)])
-    db.execute("insert into facts values ('sha256', ?)", [rows_digest(db)])
+    if stamp: db.execute("insert into facts values ('sha256', ?)", [rows_digest(db)])
     db.commit()
 
 def fill_file(path:str|Path, spec:DataSpec, task:Task, stamp:str):
