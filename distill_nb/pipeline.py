@@ -70,7 +70,8 @@ def write_resolved(
     run_dir:Path, # where to
 ):
     "Write the recipe as it is run, every default filled in"
-    write_text(run_dir/"recipe.yaml", yaml.safe_dump(resolved(recipe, stages), sort_keys=False, allow_unicode=True, width=110))
+    text = yaml.safe_dump(resolved(recipe, stages), sort_keys=False, allow_unicode=True, width=110)
+    write_text(run_dir/"recipe.yaml", text)
 
 # %% ../nbs/63_pipeline.ipynb #c041
 class Tee:
@@ -105,6 +106,7 @@ def errors_to(
         os.dup2(screen, 2)
         os.close(screen)
 
+# %% ../nbs/63_pipeline.ipynb #c042c
 @contextlib.contextmanager
 def quiet_papermill():
     "Let a kernel find this package, and keep papermill's remarks on parameters it has not seen to itself"
@@ -139,6 +141,7 @@ def in_one_line(
     except DeadKernelError: raise StageFailed(f"{failed} its process died: killed, or out of memory{where}") from None
     except OSError as e: raise StageFailed(f"{failed} {e.strerror or e}: {e.filename or folder}{where}") from None
 
+# %% ../nbs/63_pipeline.ipynb #c042e
 def execute(
     stage:Stage, # a stage
     folder:Path, # where its notebook and log go
@@ -146,10 +149,11 @@ def execute(
 ):
     "Run a stage's notebook by papermill. Raises `StagePaused` or `StageFailed`"
     import papermill
-    with in_one_line(stage, folder), open(folder/"stage.log", "a", encoding="utf-8") as out, quiet_papermill(), errors_to(out), \
-         private_kernel() as private:
-        papermill.execute_notebook(stage.notebook, folder/"notebook.ipynb", parameters, kernel_name="python3", language="python",
-                                   progress_bar=False, cwd=folder, config=private, stdout_file=Tee(out, True), stderr_file=Tee(out, False))
+    options = dict(kernel_name="python3", language="python", progress_bar=False, cwd=folder)
+    with in_one_line(stage, folder), open(folder/"stage.log", "a", encoding="utf-8") as out:
+        options |= {"stdout_file": Tee(out, True), "stderr_file": Tee(out, False)}
+        with quiet_papermill(), errors_to(out), private_kernel() as config:
+            papermill.execute_notebook(stage.notebook, folder/"notebook.ipynb", parameters, config=config, **options)
 
 # %% ../nbs/63_pipeline.ipynb #c044
 def stage_parameters(
@@ -171,14 +175,15 @@ def prepare_folder(
     "Clear away what does not belong to this fingerprint, and say what the stage is about to be"
     folder, was = run_dir/stage.folder, read_state(run_dir/stage.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    now = {"stage": stage.kind, "fingerprint": stage.fingerprint, "upstream": {s.id: find_manifest(s, run_dir)["run"] for s in upstream}}
+    runs = {s.id: find_manifest(s, run_dir)["run"] for s in upstream}
+    now = {"stage": stage.kind, "fingerprint": stage.fingerprint, "upstream": runs}
     if stage.state == "run" or {k: was.get(k) for k in now} != now:
         guard = lock(folder/".lock", str(folder), wait=30)
         clear_stage(folder, params.kept_files)
         guard.release()
         was = {}
-    now |= {"parts": stage.parts, "parameters": digest(params.result_parameters()), "started": was.get("started") or time.time()}
-    write_json(folder/"stage.json", now)
+    now |= {"parts": stage.parts, "parameters": digest(params.result_parameters())}
+    write_json(folder/"stage.json", now | {"started": was.get("started") or time.time()})
     return folder
 
 # %% ../nbs/63_pipeline.ipynb #c044a
@@ -188,8 +193,8 @@ def run_stage(
     run_dir:Path, # the run
 )->dict: # the manifest
     "Run a stage, or take it up. Raises `StagePaused` or `StageFailed`"
-    params = stage_parameters(stage, stages, run_dir)
-    with writing(run_dir): folder = prepare_folder(stage, params, depends_on(stage, stages[:stage.index - 1]), run_dir)
+    params, upstream = stage_parameters(stage, stages, run_dir), depends_on(stage, stages[:stage.index - 1])
+    with writing(run_dir): folder = prepare_folder(stage, params, upstream, run_dir)
     execute(stage, folder, params.model_dump(mode="json"))
     if not (folder/"manifest.pending.json").exists():
         raise StageFailed(f"stage {stage.id!r} stopped: its notebook ended without a manifest ({folder})")
@@ -215,6 +220,7 @@ def summary_line(
     number = lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" if isinstance(v, float) else str(v)
     return ", ".join(f"{k} {number(v)}" for k, v in manifest["summary"].items() if not k.startswith("parameters "))
 
+# %% ../nbs/63_pipeline.ipynb #c047c
 def do_stage(
     stage:Stage, # with its fingerprint
     stages:list[Stage], # all stages; those before it are done
@@ -226,7 +232,8 @@ def do_stage(
     head = f"[{stage.index}/{len(stages)}] {stage.id} ({stage.kind}):"
     if stage.state == "reuse": print(f"{head} reused, {stage.why}", flush=True)
     else:
-        print(f"{head} resume (was paused: {stage.why})" if stage.state == "paused" else f"{head} {stage.state} ({stage.why})", flush=True)
+        doing = f"resume (was paused: {stage.why})" if stage.state == "paused" else f"{stage.state} ({stage.why})"
+        print(f"{head} {doing}", flush=True)
         start = time.time()
         manifest = run_stage(stage, stages, run_dir)
         print(f"{head} done in {time.time() - start:.0f} s: {summary_line(manifest)}", flush=True)
@@ -249,6 +256,7 @@ def checked_stages(
     take_fingerprints(stages, plan_hardware())
     return stages
 
+# %% ../nbs/63_pipeline.ipynb #c047d
 def run_recipe(
     recipe:Recipe, # from `load_recipe`
     file:str|Path, # its file
@@ -256,7 +264,7 @@ def run_recipe(
     until:str|None=None, # id of the last stage to run
     redo:str|None=None, # id of a stage to do again, and those after it
 )->Path: # the run directory
-    "Run every stage that is not done. Raises `DistillError` before the first stage, `StagePaused` or `StageFailed` for a stage that stops"
+    "Run what is not done. Raises `DistillError` before the first stage, `StagePaused` or `StageFailed` later"
     stages = checked_stages(recipe, file, until=until, redo=redo)
     run_dir = Path(run_dir).expanduser().resolve()
     guard = lock(run_dir/".lock", str(run_dir))

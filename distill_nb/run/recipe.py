@@ -29,7 +29,7 @@ class Recipe(Strict):
     about: str = Field("", description="a sentence for the list of recipes")
     task: Task = Field("chat", description="what the rows are for; each stage that opens rows is told")
     data: DataSpec|None = Field(None, description="the rows; `@data` in a stage")
-    stages: list[dict[str, dict|None]] = Field(min_length=1, description="each the name of a stage, and its parameters")
+    stages: list[dict[str, dict|None]] = Field(min_length=1, description="names of stages, and their parameters")
     smoke: Smoke = Field(Smoke(), description="what changes for a smoke run")
 
 # %% ../../nbs/60_run.recipe.ipynb #c007a
@@ -39,7 +39,8 @@ class UniqueKeyLoader(yaml.SafeLoader):
         seen = []
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if key in seen: raise yaml.MarkedYAMLError(problem=f"key {key!r} is written twice", problem_mark=key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is written twice", problem_mark=key_node.start_mark)
             seen.append(key)
         return super().construct_mapping(node, deep)
 
@@ -116,7 +117,8 @@ def find_target(
     if rest and (params := stage_entry(values, first)) is not None: return params, rest
     if first in Recipe.model_fields: return values, keys
     said = f"--set {'.'.join(keys)}"
-    if first in stage_ids(values): raise DistillError(f"{said}: is a stage; say which of its parameters, such as {first}.KEY=VALUE")
+    if first in stage_ids(values):
+        raise DistillError(f"{said}: is a stage; say which of its parameters, such as {first}.KEY=VALUE")
     raise DistillError(f"{said}: no such key or stage{nearest(first, [*Recipe.model_fields, *stage_ids(values)])}")
 
 # %% ../../nbs/60_run.recipe.ipynb #c011c
@@ -125,9 +127,10 @@ def open_key(
     key:str, # one of its keys
     following:str, # the key that is wanted below it
 )->dict: # what is below the key
-    "Go down a key; `data: rows.jsonl` becomes `data: {path: rows.jsonl}`, and `model: org/name` becomes `model: {name: org/name}`"
+    "Go down a key; `data: rows.jsonl` becomes `data: {path: rows.jsonl}`, a model's name `{name: ...}`"
     below = values.get(key)
-    if isinstance(below, str): below = {"path" if key == "data" or following not in ModelSpec.model_fields else "name": below}
+    names_model = following in ModelSpec.model_fields and key != "data"
+    if isinstance(below, str): below = {"name" if names_model else "path": below}
     values[key] = below if isinstance(below, dict) else {}
     return values[key]
 
@@ -146,17 +149,18 @@ def spell_out(
     values:dict, # a recipe as read, changed in place
 ):
     "Write the short forms in full"
-    if isinstance(values.get("stages"), list): values["stages"] = [{s: None} if isinstance(s, str) else s for s in values["stages"]]
-    if isinstance(values.get("data"), str): values["data"] = {"path": values["data"]}
+    stages, data = values.get("stages"), values.get("data")
+    if isinstance(stages, list): values["stages"] = [{s: None} if isinstance(s, str) else s for s in stages]
+    if isinstance(data, str): values["data"] = {"path": data}
 
 def check_smoke(
     values:dict, # a recipe as read
     file:Path, # its file, for errors
 )->Smoke:
     "What a smoke run changes. Raises `DistillError` for a stage that there is not"
-    changes = check(Smoke, values.get("smoke") or {}, f"{file}: smoke")
+    changes, known = check(Smoke, values.get("smoke") or {}, f"{file}: smoke"), stage_ids(values)
     for id in changes.stages:
-        if id not in stage_ids(values): raise DistillError(f"{file}: smoke: stages: {id}: no such stage{nearest(id, stage_ids(values))}")
+        if id not in known: raise DistillError(f"{file}: smoke: stages: {id}: no such stage{nearest(id, known)}")
     return changes
 
 def apply_smoke(
@@ -177,7 +181,8 @@ def load_recipe(
     file = find_recipe(recipe)
     values = read_yaml(file)
     spell_out(values)
-    if smoke and "smoke" not in values: raise DistillError(f"{file}: smoke: missing; the recipe does not say what a smoke run changes")
+    if smoke and "smoke" not in values:
+        raise DistillError(f"{file}: smoke: missing; the recipe does not say what a smoke run changes")
     changes = check_smoke(values, file)
     if smoke: apply_smoke(values, changes)
     for assignment in sets: set_value(values, assignment)
