@@ -1,18 +1,15 @@
-"""The journal and the row store, after kills, torn and flipped bytes, lost and full disks: what was paid for is there once, and nothing wrong is."""
+"""The journal, after kills, torn and flipped bytes, lost and full disks: what was paid for is there once, and nothing wrong is."""
 import asyncio
 import itertools
 import json
 import os
 import random
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections import Counter
-from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +17,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from distill_nb.stage import DataSpec
 from distill_nb.core import DistillError, digest, write_text
-from distill_nb.data import SPLITS, load_splits
 from distill_nb.teacher.journal import FIELDS, INSERT, Journal, Usage, begin, end, entry, read_shard, write_shard
-from distill_nb.store import RowStore
 
-from conftest import DEADLINE, environment, snapshot, write_rows
+from conftest import DEADLINE, environment, snapshot
 
 PRICE = Usage(20, 5, 1e-6)
 TEXTS = ["", "plain", "line\u2028separator\u2029 and \x85", "NUL \0 inside", "\u202eright to left \u200f\u05e9\u05dc\u05d5\u05dd", "মধু কোথা থেকে আসে?", "\ufffd\ufeff", "\\ud800 \"'\n\r\t\x1f\x7f", "🐝" * 3]
@@ -68,12 +62,6 @@ def in_shards(folder):
     found = [read_shard(f) for f in sorted(Path(folder).glob("shard-*.jsonl"))]
     assert not any(wrong for _, wrong in found), found
     return [e for entries, _ in found for e in entries]
-
-
-def outcome(make):
-    "What came of it: a value, or what was said"
-    try: return make()
-    except DistillError as e: return f"DistillError: {e}"
 
 
 def python(code, *arguments, timeout=DEADLINE):
@@ -726,128 +714,3 @@ def test_half_a_character_in_one_commit_neither_stops_nor_loses_the_others(text,
     assert asyncio.run(together(*SMALL[2:])) == [None, None]
     assert {*contents(journal)} == {*SMALL}
     journal.close()
-
-
-# Rows on disk
-
-def key_of(row): return digest(row["messages"])
-
-
-def spec_for(file, **more): return DataSpec(path=str(file), **more)
-
-
-def stored(folder, data, key_of=key_of, stamp="stamp"):
-    "Splits and dropped counts, as `load_splits` gives them, and (split, id, key) in order"
-    store = RowStore(folder/"rows.sqlite", data, "chat", key_of, stamp)
-    with closing(store):
-        rows = list(store.rows())
-        splits = {s: [r for _, r in store.rows(s)] for s in SPLITS}
-        assert store.counts == {s: len(splits[s]) for s in SPLITS}
-        assert splits == {s: [r for name, r in rows if name == s] for s in SPLITS}
-        return (splits, store.dropped), list(store.db.execute("select split, id, key from rows order by n"))
-
-
-@st.composite
-def some_rows(draw, group=st.sampled_from(["bees", "rain", 3, 4.5, True])):
-    "Rows with and without ids, blank prompts, repetitions"
-    texts = st.sampled_from([*TEXTS, " \n", "একটি প্রশ্ন", "b"]) | WHOLE
-    rows = draw(st.lists(st.fixed_dictionaries({"prompt": texts, "topic": group}, optional={"response": texts | st.none(), "system": texts, "extra": st.integers() | WHOLE}), min_size=1, max_size=25))
-    rows = [{"system": "", "response": None} | r | ({"id": f"row {i}" if i % 3 else i} if draw(st.booleans()) else {}) for i, r in enumerate(rows)]
-    return draw(st.permutations(rows + draw(st.lists(st.sampled_from(rows), max_size=8))))
-
-
-SPECS = st.fixed_dictionaries({"validation": st.integers(0, 4) | st.floats(0, 0.9), "test": st.integers(0, 4) | st.floats(0, 0.9), "seed": st.integers(0, 5),
-                               "group": st.none() | st.just("topic"), "samples": st.none() | st.integers(3, 20)})
-
-
-@many
-@given(some_rows(), SPECS)
-def test_a_store_is_what_load_splits_gives(fast, rows, spec):
-    folder = fast/uuid.uuid4().hex
-    folder.mkdir()
-    data = spec_for(write_rows(folder/"rows.jsonl", rows), **spec)
-    assert outcome(lambda: stored(folder, data)[0]) == outcome(lambda: load_splits(data))
-    assert not list(folder.glob(".*"))
-    shutil.rmtree(folder)
-
-
-@many
-@given(some_rows(group=st.sampled_from(["bees", "rain", None])), SPECS)
-def test_a_store_of_rows_without_a_group_is_what_load_splits_gives(fast, rows, spec):
-    folder = fast/uuid.uuid4().hex
-    folder.mkdir()
-    data = spec_for(write_rows(folder/"rows.jsonl", rows), **spec | {"group": "topic"})
-    assert outcome(lambda: stored(folder, data)[0]) == outcome(lambda: load_splits(data))
-    shutil.rmtree(folder)
-
-
-@many
-@given(some_rows(), SPECS, st.randoms(use_true_random=False))
-def test_the_order_of_the_file_changes_neither_splits_nor_keys(fast, rows, spec, draw):
-    found = []
-    for r in rows: r["topic"] = len(r["prompt"]) % 5  # one text, one group: of two, the first in the file would count
-    for _ in range(2):
-        (folder := fast/uuid.uuid4().hex).mkdir()
-        data = spec_for(write_rows(folder/"rows.jsonl", rows), **spec)
-        found.append(outcome(lambda: stored(folder, data)[1]))
-        draw.shuffle(rows)
-        shutil.rmtree(folder)
-    assert found[0] == found[1] or all(isinstance(f, str) for f in found)
-
-
-@pytest.mark.parametrize("files", [{"train": "abc", "validation": "d", "test": "ef"}, {"train": "abc"}, {"train": "ab", "test": "b"}, {"train": "aa"}, {"train": "ab", "validation": ""},
-                                   {"validation": "a", "test": "b"}, {"train": "aA"}, {"train": "aB", "test": "A"}, {"train": "a ", "test": "b"}, {"train": "a", "test": " "}])
-def test_a_store_of_an_earlier_stage_is_what_load_splits_gives(files, tmp_path):
-    "Each letter is a row; a capital has the id of the small one and another text, and a blank has a blank text"
-    for s, letters in files.items():
-        write_rows(tmp_path/f"{s}.jsonl", [{"id": c.lower(), "messages": [{"role": "user", "content": c}] if c.strip() else [{"role": "system", "content": "x"}], "meta": {}} for c in letters])
-    assert outcome(lambda: stored(tmp_path, str(tmp_path))[0]) == outcome(lambda: load_splits(str(tmp_path)))
-
-
-@pytest.mark.parametrize("rows", [[{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"}, {"id": "a", "prompt": "z"}], [{"prompt": " "}], [{"prompt": 3}], [{"text": "x", "prompt": None}], [{"a": "x"}], [],
-                                  [{"prompt": "x"}, {"prompt": "y"}, {"question": "z"}], [{"prompt": "x"}, {"prompt": "\ud800"}], [{"prompt": "only one"}]],
-                         ids=["an id for two texts", "blank", "a number", "null", "no column", "no rows", "a row without it", "half a character", "none to train on"])
-def test_rows_that_cannot_be_used_are_refused_as_load_splits_does(rows, tmp_path):
-    (tmp_path/"rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    data = spec_for(tmp_path/"rows.jsonl", validation=1, test=1)
-    said = outcome(lambda: stored(tmp_path, data))
-    assert said == outcome(lambda: load_splits(data)) and said.startswith(f"DistillError: {tmp_path/'rows.jsonl'}")
-    assert [f.name for f in tmp_path.iterdir()] == ["rows.jsonl"], "no store, whole or half"
-
-
-def test_a_store_is_made_again_only_where_its_stamp_differs(tmp_path):
-    file, asked = write_rows(tmp_path/"rows.jsonl", [{"prompt": f"Question {i}"} for i in range(9)]), []
-    def counted(row): asked.append(row["id"]); return key_of(row)
-    data = spec_for(file, validation=1, test=1)
-    first = stored(tmp_path, data, counted, "one")
-    assert len(asked) == 9 and stored(tmp_path, data, counted, "one") == first and len(asked) == 9
-    assert [k for _, _, k in stored(tmp_path, data, lambda row: "same", "two")[1]] == ["same"] * 9
-    assert stored(tmp_path, data, counted, "one") == first and len(asked) == 18
-    file.unlink()
-    assert stored(tmp_path, data, counted, "one") == first, "what is stored is enough"
-    with pytest.raises(DistillError, match="no such file"): stored(tmp_path, data, counted, "three")
-    assert stored(tmp_path, data, counted, "one") == first, "and stays until there is a new one"
-
-
-def test_a_store_half_made_by_a_killed_process_of_the_same_number_is_no_hindrance(tmp_path):
-    "In a container the next run often has the number of the last"
-    data = spec_for(write_rows(tmp_path/"rows.jsonl", [{"prompt": f"Question {i}"} for i in range(9)]))
-    with closing(sqlite3.connect(tmp_path/f".rows.sqlite.{os.getpid()}.tmp")) as half, half: half.executescript("create table facts (name text); create table raw (id text)")
-    assert stored(tmp_path, data)[0] == load_splits(data)
-
-
-@pytest.mark.parametrize("kind", ["cut off", "a byte in use", "something else"])
-def test_a_damaged_store_is_made_again(kind, fast):
-    data = spec_for(write_rows(fast/"rows.jsonl", [{"prompt": f"Question {i} " + TEXTS[i % len(TEXTS)]} for i in range(100)]))
-    file, sound = fast/"rows.sqlite", stored(fast, data)
-    content = file.read_bytes()
-    other = [(0, b""), (0, b"not a database"), (0, bytes(len(content)))]
-    tried, found = 0, Counter()
-    for at, damaged in {"cut off": lambda: cuts(content), "a byte in use": lambda: flips(content, [i for i, b in enumerate(content) if b], 300, 11), "something else": lambda: other}[kind]():
-        tried += 1
-        file.write_bytes(damaged)
-        try:
-            if stored(fast, data) != sound: found["gives other rows"] += 1
-        except Exception as e: found[f"{type(e).__name__}: {str(e)[:40]}"] += 1  # what it is, is what the test is about
-        with suppress(FileNotFoundError): file.unlink()
-    assert not found, f"{tried} tried; {dict(found)}"
