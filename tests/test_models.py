@@ -1,0 +1,603 @@
+"""Models: found, told apart, cut, loaded whole or not at all, measured, and refused before anything is paid."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from conftest import environment
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from distill_nb import models
+from distill_nb.core import DistillError, read_json, write_json
+from distill_nb.models import (
+    check_model, count_parameters, identity, layer_lists, load_model, lora_parameters, lora_targets, meta_model, profile, shrink)
+from distill_nb.stage import ModelSpec
+
+DECODERS = ("llama3", "chatml", "gemma", "gemma2", "gemma3", "phi3", "mistral", "gpt2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    "Profiles of tiny models do not belong into a person's cache"
+    before = os.environ.get("DISTILL_NB_CACHE")
+    os.environ["DISTILL_NB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield Path(os.environ["DISTILL_NB_CACHE"])
+    os.environ.pop("DISTILL_NB_CACHE") if before is None else os.environ.update(DISTILL_NB_CACHE=before)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    "A folder with a tiny model of a kind, made once; tests do not change it"
+    folders = {}
+    def folder(kind):
+        if kind not in folders: folders[kind] = tiny.make(tmp_path_factory.mktemp("models")/kind, kind)
+        return folders[kind]
+    return folder
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    "A copy of such a folder, to spoil"
+    return lambda kind: Path(shutil.copytree(made(kind), tmp_path/kind))
+
+
+def spec(folder, **more): return ModelSpec(name=str(folder), **more)
+def load(folder, **more): return load_model(spec(folder), dtype="float32", **more)
+
+
+def change_weights(folder, change):
+    "Rewrite the one file of weights"
+    file = folder/"model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file({k: v.contiguous() for k, v in weights.items()}, file, metadata={"format": "pt"})
+
+
+def change_json(file, **values): write_json(file, read_json(file) | values)
+
+
+# ---- loading: every weight, or none
+
+@pytest.mark.parametrize("kind, family", [*((k, "causal") for k in DECODERS), ("t5", "seq2seq"), ("bert_mlm", "masked"), ("bert_cls", "classifier")])
+def test_a_model_is_loaded_by_its_family_with_the_weights_of_its_file(made, kind, family):
+    loaded = load(made(kind))
+    assert loaded.family.name == family and loaded.quantize is None and not loaded.model.training
+    stored = load_file(made(kind)/"model.safetensors")
+    assert stored.keys() <= loaded.model.state_dict().keys()
+    for name, weight in stored.items(): assert torch.equal(loaded.model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "1 weights are not in its files: model.layers.1.mlp.up_proj.weight"),
+    (lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(64, 32)}), "1 weights have no place in it: model.layers.2"),
+    (lambda w: w.update({"lm_head.weight": torch.zeros(3, 32)}), "lm_head.weight"),
+], ids=["missing", "unexpected", "of another shape"])
+def test_a_weight_that_is_missing_or_has_no_place_is_an_error_that_names_it(copied, change, said):
+    folder = copied("llama3")
+    change_weights(folder, change)
+    with pytest.raises(DistillError, match=said): load(folder)
+
+
+def test_a_masked_model_is_not_made_a_language_model_by_its_configuration(copied):
+    folder = copied("bert_mlm")
+    change_json(folder/"config.json", architectures=["BertForSequenceClassification"])
+    with pytest.raises(DistillError, match="as a BertForSequenceClassification, .* weights are not in its files: .*classifier.bias"): load(folder)
+
+
+@pytest.mark.parametrize("kind, name, value", [
+    ("bert_mlm", "bert.embeddings.position_ids", torch.arange(512)[None]),
+    ("bert_mlm", "cls.seq_relationship.weight", torch.zeros(2, 32)),
+    ("bert_mlm", "bert.pooler.dense.weight", torch.zeros(32, 32)),
+    ("llama3", "model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(4)),
+    ("gpt2", "transformer.h.0.attn.bias", torch.ones(1, 1, 512, 512)),
+])
+def test_what_old_files_carry_along_is_no_error(copied, kind, name, value):
+    folder = copied(kind)
+    change_weights(folder, lambda w: w.update({name: value}))
+    load(folder)
+
+
+def test_a_head_that_is_tied_to_the_embedding_need_not_be_in_the_file(made):
+    assert "lm_head.weight" not in load_file(made("chatml")/"model.safetensors")
+    model = load(made("chatml")).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("kind", ["bert_mlm", "bert_cls", "llama3"])
+def test_a_new_head_is_random_and_the_body_is_the_files(made, kind):
+    loaded = load(made(kind), labels=5)
+    assert loaded.family.name == "classifier" and loaded.model.config.num_labels == 5 and loaded.model.config.pad_token_id is not None
+    stored, now = load_file(made(kind)/"model.safetensors"), loaded.model.state_dict()
+    body = [k for k in stored if k.startswith(loaded.model.base_model_prefix + ".")]
+    assert body and all(torch.equal(now[k], stored[k]) for k in body)
+
+
+def test_a_new_head_excuses_nothing_in_the_body(copied):
+    folder = copied("bert_mlm")
+    change_weights(folder, lambda w: w.pop("bert.encoder.layer.1.output.dense.weight"))
+    with pytest.raises(DistillError, match="bert.encoder.layer.1.output.dense.weight"): load(folder, labels=3)
+
+
+def test_the_pooler_of_a_classifier_is_no_leftover(copied):
+    folder = copied("bert_cls")
+    change_weights(folder, lambda w: w.pop("bert.pooler.dense.weight"))
+    with pytest.raises(DistillError, match="1 weights are not in its files: bert.pooler.dense.weight"): load(folder)
+
+
+def test_a_model_in_several_files_is_loaded_like_one(made, tmp_path):
+    load(made("llama3")).model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shutil.copy(made("llama3")/"tokenizer.json", tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    check_model(spec(tmp_path))
+    a, b = load(tmp_path).model.state_dict(), load(made("llama3")).model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_a_model_in_4_bits_has_as_many_parameters_as_in_32(made):
+    packed = load_model(spec(made("llama3"), quantize="4bit"))
+    assert packed.model.is_quantized and packed.quantize == "4bit"
+    assert count_parameters(packed.model) == count_parameters(load(made("llama3")).model) == profile(spec(made("llama3"), quantize="4bit")).parameters
+
+
+# ---- adapters
+
+@pytest.fixture
+def adapter(made, tmp_path):
+    "An adapter that changes what the tiny Llama says"
+    from peft import LoraConfig, get_peft_model
+    base = load(made("llama3"))
+    torch.manual_seed(1)
+    model = get_peft_model(base.model, LoraConfig(r=2, target_modules=lora_targets(base.model), init_lora_weights=False))
+    model.save_pretrained(tmp_path/"adapter")
+    write_json(tmp_path/"adapter"/"base.json", {"name": str(made("llama3"))})
+    return tmp_path/"adapter"
+
+
+def test_an_adapter_is_loaded_on_its_base(made, adapter):
+    loaded, ids = load(adapter), torch.tensor([[5, 6, 7]])
+    assert loaded.family.name == "causal"
+    with torch.inference_mode(), loaded.model.disable_adapter(): without = loaded.model(ids).logits
+    with torch.inference_mode(): plain, adapted = load(made("llama3")).model(ids).logits, loaded.model(ids).logits
+    assert torch.allclose(without, plain) and not torch.allclose(adapted, plain)
+
+
+@pytest.mark.parametrize("use", [load_model, profile, check_model], ids=lambda f: f.__name__)
+def test_layers_of_an_adapter_are_refused(adapter, use):
+    with pytest.raises(DistillError, match="layers: an adapter belongs to all layers of its model; merge it first"): use(spec(adapter, layers=1))
+
+
+# ---- what tells one model from another
+
+@pytest.mark.parametrize("given, known", [
+    (dict(name="smollm2-135m-instruct"), {"weights": "smollm2-135m-instruct 0.1.2", "layers": None, "base": [], "quantize": None}),
+    (dict(name="smollm2-135m-instruct", layers=22, quantize="4bit"),
+     {"weights": "smollm2-135m-instruct 0.1.2", "layers": 22, "base": [], "quantize": "4bit"}),
+    (dict(name="Qwen/Qwen2-0.5B"), {"weights": "Qwen/Qwen2-0.5B@None", "layers": None, "base": [], "quantize": None}),
+    (dict(name="Qwen/Qwen2-0.5B", revision="abc", layers=[0, 3]), {"weights": "Qwen/Qwen2-0.5B@abc", "layers": [0, 3], "base": [], "quantize": None}),
+])
+def test_shipped_and_hub_models_are_known_by_the_names_that_old_journals_hold(monkeypatch, given, known):
+    monkeypatch.setattr(models, "packaged_model", lambda name: pytest.fail("converted a model to name it"))
+    assert identity(ModelSpec(**given)) == known
+
+
+def rename(folder): return folder.rename(folder.with_name("elsewhere"))
+def add_readme(folder): (folder/"README.md").write_text("# A model")
+def touch(folder): [os.utime(f, (1, 1)) for f in folder.iterdir()]
+def say_where_from(folder): change_json(folder/"config.json", _name_or_path="somewhere", transformers_version="9.9")
+
+
+@pytest.mark.parametrize("change", [rename, add_readme, touch, say_where_from], ids=lambda f: f.__name__)
+def test_a_folder_is_the_same_model_whatever_lies_around_its_content(copied, change):
+    folder = copied("llama3")
+    before = identity(spec(folder))
+    assert identity(spec(change(folder) or folder)) == before
+
+
+def new_weight(folder): change_weights(folder, lambda w: w["lm_head.weight"].add_(1e-3))
+def new_window(folder): change_json(folder/"config.json", rms_norm_eps=1e-3)
+def new_template(folder): (folder/"chat_template.jinja").write_text("{{ messages }}")
+def new_stop(folder): change_json(folder/"generation_config.json", eos_token_id=0)
+def new_tokenizer(folder): change_json(folder/"tokenizer_config.json", padding_side="right", model_max_length=7)
+
+
+@pytest.mark.parametrize("change", [new_weight, new_window, new_template, new_stop, new_tokenizer], ids=lambda f: f.__name__)
+def test_a_folder_is_another_model_when_its_answers_may_differ(copied, change):
+    folder = copied("llama3")
+    before = identity(spec(folder))
+    change(folder)
+    assert identity(spec(folder)) != before
+
+
+def test_an_adapter_is_known_with_its_base_and_without_any_path(adapter, made, tmp_path):
+    before = identity(spec(adapter))
+    assert before["base"] == [identity(spec(made("llama3")))] and str(tmp_path) not in json.dumps(before)
+    moved = shutil.copytree(made("llama3"), tmp_path/"moved")
+    write_json(adapter/"base.json", {"name": str(moved)})
+    assert identity(spec(adapter)) == before
+    new_weight(moved)
+    assert identity(spec(adapter)) != before
+
+
+# ---- cutting layers
+
+SMALL = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+WINDOWED = SMALL | dict(num_key_value_heads=2, sliding_window=4, head_dim=8)
+QWEN = SMALL | dict(num_key_value_heads=2, sliding_window=4, use_sliding_window=True)
+KINDS_OF_LAYER = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+T5 = dict(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_heads=4, decoder_start_token_id=0)
+BART = dict(vocab_size=60, d_model=32, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+            pad_token_id=0, decoder_start_token_id=0, forced_eos_token_id=None)
+
+
+def six(name=None, **lists): return dict(num_hidden_layers=6) | lists
+
+
+# class, configuration of six layers, the layers kept, the configuration that a person would write for those, stacks of layers
+CUTS = {
+    "llama": ("LlamaForCausalLM", SMALL | six(), [0, 2, 5], SMALL | dict(num_hidden_layers=3), ["model.layers"]),
+    "gpt2": ("GPT2LMHeadModel", dict(vocab_size=60, n_embd=32, n_head=4, n_layer=6), [1, 4], dict(vocab_size=60, n_embd=32, n_head=4, n_layer=2),
+             ["transformer.h"]),
+    "gemma2": ("Gemma2ForCausalLM", WINDOWED | six(layer_types=KINDS_OF_LAYER), [0, 2, 4],
+               WINDOWED | dict(num_hidden_layers=3, layer_types=["sliding_attention", "sliding_attention", "full_attention"]), ["model.layers"]),
+    "gemma3": ("Gemma3ForCausalLM", WINDOWED | six(layer_types=KINDS_OF_LAYER), [1, 2, 5],
+               WINDOWED | dict(num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "sliding_attention"]), ["model.layers"]),
+    "qwen2": ("Qwen2ForCausalLM", QWEN | six(layer_types=KINDS_OF_LAYER), [0, 2, 3, 5],
+              QWEN | dict(num_hidden_layers=4, layer_types=["sliding_attention"] * 4), ["model.layers"]),
+    "smollm3": ("SmolLM3ForCausalLM", SMALL | six(num_key_value_heads=2, no_rope_layers=[1, 1, 0, 1, 0, 1], pad_token_id=0), [1, 2, 4],
+                SMALL | dict(num_hidden_layers=3, num_key_value_heads=2, no_rope_layers=[1, 0, 0], pad_token_id=0), ["model.layers"]),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", SMALL | six(num_key_value_heads=2, num_experts=4, moe_intermediate_size=16,
+                                                     shared_expert_intermediate_size=16, mlp_only_layers=[0, 2, 3]), [0, 1, 3],
+                  SMALL | dict(num_hidden_layers=3, num_key_value_heads=2, num_experts=4, moe_intermediate_size=16,
+                               shared_expert_intermediate_size=16, mlp_only_layers=[0, 2]), ["model.layers"]),
+    "bert": ("BertForMaskedLM", SMALL | six(), [0, 3], SMALL | dict(num_hidden_layers=2), ["bert.encoder.layer"]),
+    "t5": ("T5ForConditionalGeneration", T5 | dict(num_layers=6, num_decoder_layers=5), [0, 2, 4], T5 | dict(num_layers=3, num_decoder_layers=3),
+           ["encoder.block", "decoder.block"]),
+    "bart": ("BartForConditionalGeneration", BART | dict(encoder_layers=6, decoder_layers=4), [1, 3], BART | dict(encoder_layers=2, decoder_layers=2),
+             ["model.encoder.layers", "model.decoder.layers"]),
+    "marian": ("MarianMTModel", BART | dict(encoder_layers=6, decoder_layers=4), [1, 3], BART | dict(encoder_layers=2, decoder_layers=2),
+               ["model.encoder.layers", "model.decoder.layers"]),
+}
+
+
+def build(name, settings, seed=0):
+    cls = getattr(transformers, name)
+    torch.manual_seed(seed)
+    model = cls(cls.config_class(**settings)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.add_(torch.randn_like(p) * 0.2)  # so that each layer has much to say
+    return model
+
+
+def by_hand(model, name, settings, kept, stacks):
+    "A smaller model with the weights of the layers that were kept, named anew"
+    small, weights = build(name, settings, seed=1), {}
+    for key, value in model.state_dict().items():
+        stack = next((s for s in stacks if key.startswith(s + ".")), None)
+        if stack is None: weights[key] = value
+        else:
+            number, _, rest = key.removeprefix(stack + ".").partition(".")
+            if int(number) in kept: weights[f"{stack}.{kept.index(int(number))}.{rest}"] = value
+    small.load_state_dict(weights)
+    return small
+
+
+def says(model):
+    "Logits for a text longer than the windows, and what the model writes with a cache"
+    ids = torch.arange(24).reshape(2, 12) * 7 % 59 + 1
+    kind = {"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        logits = model(input_ids=ids, **kind).logits
+        if not model.can_generate() or "Masked" in type(model).__name__: return logits, None
+        return logits, model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_a_shrunk_model_is_the_smaller_one_built_by_hand(kind, tmp_path):
+    name, whole, kept, part, stacks = CUTS[kind]
+    model = build(name, whole)
+    assert [s.path for s in layer_lists(model)] == stacks
+    expected = by_hand(model, name, part, kept, stacks)
+    before, wanted = says(model)[0], says(expected)
+    shrink(model, kept)
+    for found in (model, type(model).from_pretrained(model.save_pretrained(tmp_path) or tmp_path)):
+        logits, written = says(found)
+        assert torch.allclose(logits, wanted[0], atol=1e-5)
+        assert written is None or torch.equal(written, wanted[1])
+    assert not torch.allclose(before, wanted[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind, layers, said", [
+    ("t5", [1, 2], "layer 0 of encoder.block .*relative_attention_bias"),
+    ("modernbert", [1, 2], "layer 0 of model.layers .*attn_norm"),
+    ("qwen2_moe", [1, 2], "decoder_sparse_step|mlp"),
+    ("llama", 9, "layers: 9: the model has 6"),
+    ("llama", [2, 1], "ascending"),
+    ("t5", 6, "layers: 6: the model has 5"),
+])
+def test_a_cut_that_would_make_another_model_is_refused(kind, layers, said):
+    settings = {"t5": T5 | dict(num_layers=6, num_decoder_layers=5), "modernbert": SMALL | six(pad_token_id=0),
+                "qwen2_moe": SMALL | six(num_experts=4, moe_intermediate_size=16, decoder_sparse_step=2), "llama": SMALL | six()}[kind]
+    with pytest.raises(DistillError, match=said): shrink(meta_model(AutoConfig.for_model(kind, **settings)), layers)
+
+
+# ---- what LoRA adapts
+
+def linear_size(config, kind):
+    "in + out of every linear layer but the head, from the architecture's description"
+    h, i = config.hidden_size, getattr(config, "intermediate_size", 0)
+    if kind == "gpt2": return config.n_layer * ((h + 3 * h) + (h + h) + (h + 4 * h) + (4 * h + h))
+    if kind == "t5":
+        d, ff = config.num_heads * config.d_kv, config.d_ff
+        attention, feed = 4 * (h + d), 2 * (h + ff)
+        return config.num_layers * (attention + feed) + config.num_decoder_layers * (2 * attention + feed)
+    kv = config.num_key_value_heads * h // config.num_attention_heads
+    if kind == "phi3": return config.num_hidden_layers * ((h + h + 2 * kv) + (h + h) + (h + 2 * i) + (i + h))
+    return config.num_hidden_layers * (2 * (h + h) + 2 * (h + kv) + 3 * (h + i))
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gpt2", "phi3", "t5"])
+def test_the_size_of_an_adapter_is_known_before_it_is_made(made, kind):
+    from peft import LoraConfig, get_peft_model
+    model = load(made(kind)).model
+    known = profile(spec(made(kind)))
+    assert known.lora == linear_size(model.config, kind)
+    assert lora_parameters(model, 4) == 4 * known.lora
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=lora_targets(model)))
+    assert adapted.get_nb_trainable_parameters()[0] == 4 * known.lora
+    assert not any("lm_head" in n for n, p in adapted.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind, targets", [
+    ("llama3", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+    ("gpt2", ["c_attn", "c_fc", "c_proj"]),
+    ("phi3", ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
+    ("t5", ["k", "o", "q", "v", "wi", "wo"]),
+])
+def test_lora_adapts_every_linear_layer_but_the_head(made, kind, targets):
+    assert lora_targets(load(made(kind)).model) == targets
+
+
+def test_lora_leaves_the_head_alone_where_its_layers_share_names_with_the_body(made):
+    "BERT's head has a `dense` of its own, and so has each of its layers"
+    from peft import LoraConfig, get_peft_model
+    model = load(made("bert_mlm")).model
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model)))
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert any("layer.1.output.dense" in n for n in trained) and not any("cls." in n for n in trained)
+
+
+def test_lora_adapts_the_experts_of_a_mixture():
+    from peft import LoraConfig, get_peft_model
+    config = AutoConfig.for_model("mixtral", **SMALL, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4)
+    model = meta_model(config)
+    with torch.device("meta"): adapted = get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model)))
+    assert any("experts" in n for n, p in adapted.named_parameters() if p.requires_grad)
+    assert lora_parameters(meta_model(config), 2) == adapted.get_nb_trainable_parameters()[0]
+
+
+# ---- profiles
+
+def test_a_second_plan_imports_neither_transformers_nor_torch(made, adapter, cache):
+    specs = [spec(made("gemma2"), layers=1), spec(made("t5")), spec(adapter), ModelSpec(name="smollm2-135m-instruct", layers=22)]
+    first = [check_model(s, families=("causal", "seq2seq")) for s in specs]
+    code = ("import json, sys; from distill_nb.models import *; from distill_nb.stage import ModelSpec; from distill_nb.hardware import plan_hardware;"
+            "specs = [ModelSpec(**s) for s in json.loads(sys.argv[1])]; plan = plan_hardware('t4');"
+            "found = [check_model(s, max_length=64, families=('causal', 'seq2seq')) for s in specs];"
+            "need = [(training_memory(p, plan, 2, 64, 8), inference_memory(p, plan, 2, 64), likelihood_memory(p, plan, 2, 64)) for p in found];"
+            "print(json.dumps([[p.model_dump() for p in found], [m for m in ('torch', 'transformers', 'peft') if m in sys.modules]]))")
+    done = subprocess.run([sys.executable, "-c", code, json.dumps([s.model_dump() for s in specs])], text=True, capture_output=True, timeout=120,
+                          env=environment({"DISTILL_NB_CACHE": str(cache)}))
+    assert done.returncode == 0, done.stderr
+    found, imported = json.loads(done.stdout)
+    assert imported == [] and found == [p.model_dump() for p in first]
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, "t5", "bert_mlm", "bert_cls"])
+def test_a_profile_says_what_loading_would_show(made, kind):
+    loaded, known = load(made(kind)), profile(spec(made(kind)))
+    embedding, head = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+    assert known.family == loaded.family.name and known.parameters == count_parameters(loaded.model)
+    assert known.embeddings == embedding.num_embeddings and known.tokens <= known.embeddings
+    assert known.vocab_size == (3 if kind == "bert_cls" else head.weight.shape[0])
+    assert known.positions == (None if kind == "t5" else 512)
+    assert known.layers == ([2, 2] if kind == "t5" else [2])
+    assert ("system" in known.roles) == (kind not in ("gemma", "gemma2", "mistral")) and known.roles[:2] == ["user", "assistant"]
+
+
+def test_a_profile_counts_the_layers_that_stay(made):
+    cut = profile(spec(made("gemma2"), layers=1))
+    assert cut.layers == [1] and cut.parameters == count_parameters(load_model(spec(made("gemma2"), layers=1)).model)
+
+
+@pytest.mark.parametrize("kind", [k for k in (*DECODERS, "t5")])
+def test_a_profile_knows_how_large_the_cache_gets(made, kind):
+    "Against a cache that a model has filled"
+    model, length = load(made(kind)).model, 7
+    ids = torch.ones(2, length, dtype=torch.long)
+    with torch.inference_mode(): out = model(input_ids=ids, use_cache=True, **({"decoder_input_ids": ids} if kind == "t5" else {}))
+    layers = getattr(out.past_key_values, "self_attention_cache", out.past_key_values).layers
+    assert sum(layer.keys.numel() + layer.values.numel() for layer in layers) == 2 * length * (profile(spec(made(kind))).cache + profile(spec(made(kind))).windowed)
+
+
+def test_a_profile_is_made_again_when_its_files_change(copied):
+    folder = copied("llama3")
+    before = profile(spec(folder))
+    change_json(folder/"config.json", num_hidden_layers=1)
+    (folder/"chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    after = profile(spec(folder))
+    assert after.parameters < before.parameters and after.roles == []
+
+
+@pytest.mark.parametrize("spoil", [lambda f: f.write_text("{torn"), lambda f: f.unlink(), lambda f: (f.unlink(), f.mkdir())], ids=["torn", "gone", "unreadable"])
+def test_a_spoilt_cache_costs_time_only(made, cache, monkeypatch, spoil):
+    monkeypatch.setattr(models, "_PROFILES", {})
+    before = profile(spec(made("phi3")))
+    for file in (cache/"profiles").iterdir(): spoil(file)
+    models._PROFILES.clear()
+    assert profile(spec(made("phi3"))) == before
+    shutil.rmtree(cache/"profiles")
+
+
+def test_roberta_counts_its_positions_after_the_padding_token():
+    config = AutoConfig.for_model("roberta", **SMALL, num_hidden_layers=1, max_position_embeddings=514)
+    assert models.describe_model(config).positions == 512
+
+
+# ---- refused before the teacher is paid
+
+def cut_off(folder): os.truncate(folder/"model.safetensors", (folder/"model.safetensors").stat().st_size - 64)
+def header_only(folder): os.truncate(folder/"model.safetensors", 20)
+def empty(folder): os.truncate(folder/"model.safetensors", 0)
+def no_weights(folder): (folder/"model.safetensors").unlink()
+def only_pickled(folder): no_weights(folder) or (folder/"pytorch_model.bin").write_bytes(b"code")
+def no_tokenizer(folder): [f.unlink() for f in folder.glob("token*")]
+def broken_tokenizer(folder): (folder/"tokenizer.json").write_text("{}")
+def broken_template(folder): (folder/"chat_template.jinja").write_text("{{ raise_exception('only tools') }}")
+def broken_config(folder): (folder/"config.json").write_text("{")
+def no_config(folder): (folder/"config.json").unlink()
+
+
+def larger_tokenizer(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+
+
+def in_shards(folder):
+    load(folder).model.save_pretrained(folder, max_shard_size="20KB")
+    no_weights(folder) if (folder/"model.safetensors").exists() else None
+
+
+def shard_lost(folder): in_shards(folder) or sorted(folder.glob("model-*"))[1].unlink()
+def shard_torn(folder): in_shards(folder) or os.truncate(sorted(folder.glob("model-*"))[1], 900)
+
+
+def shard_swapped(folder):
+    in_shards(folder)
+    first, second = sorted(folder.glob("model-*"))[:2]
+    shutil.copy(first, second)
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (cut_off, "model.safetensors: is cut off or damaged"), (header_only, "model.safetensors: is cut off"), (empty, "model.safetensors: is cut off"),
+    (no_weights, "has no weights: there is no model.safetensors"), (only_pickled, "pytorch_model.bin is not loaded, since it may hold code"),
+    (shard_lost, "model-00002-of-.*missing"), (shard_torn, "model-00002-of-.*cut off"), (shard_swapped, "model-00002-of-.*does not hold"),
+    (no_tokenizer, "has no tokenizer"), (broken_tokenizer, "has no tokenizer that can be read"), (larger_tokenizer, "they do not belong together"),
+    (broken_template, "its chat template fails on a question and an answer"), (broken_config, "config.json"), (no_config, "a folder without a model"),
+], ids=lambda v: getattr(v, "__name__", ""))
+def test_a_model_that_could_not_be_used_is_refused_by_the_check(copied, spoil, said):
+    folder = copied("llama3")
+    check_model(spec(folder), max_length=512)
+    spoil(folder)
+    with pytest.raises(DistillError, match=said): check_model(spec(folder))
+
+
+@pytest.mark.parametrize("kind, more, options, said", [
+    ("llama3", {}, {"max_length": 513}, "has 512 positions, and rows may have max_length 513"),
+    ("llama3", {"layers": 3}, {}, "layers: 3: the model has 2"),
+    ("llama3", {"layers": [1, 4]}, {}, "between 0 and 1"),
+    ("bert_mlm", {}, {}, r"is a masked model \(bert\), and this stage takes causal"),
+    ("t5", {}, {"families": ("causal", "masked")}, r"is a seq2seq model \(t5\), and this stage takes causal or masked"),
+])
+def test_a_model_that_does_not_suit_the_stage_is_refused_by_the_check(made, kind, more, options, said):
+    with pytest.raises(DistillError, match=said): check_model(spec(made(kind), **more), **options)
+
+
+@pytest.mark.parametrize("kind, options", [*((k, {"max_length": 512}) for k in DECODERS), ("t5", {"max_length": 4096})])
+def test_a_good_model_passes(made, kind, options):
+    check_model(spec(made(kind)), families=("causal", "seq2seq"), **options)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("gpt2", "on the hub it is openai-community/gpt2"), ("bert-base-uncased", "google-bert/bert-base-uncased"), ("t5-small", "google-t5/t5-small"),
+    ("mistral-7b", "of a hub model, write its owner/name"), ("smollm2-135m-instrukt", "did you mean 'smollm2-135m-instruct'"), ("./gone", "./gone: no model there"),
+])
+def test_a_name_that_finds_nothing_comes_with_what_to_write(name, said):
+    with pytest.raises(DistillError, match=said): check_model(ModelSpec(name=name))
+
+
+def test_an_adapter_is_checked_with_its_base(adapter, made, copied):
+    assert check_model(spec(adapter)).parameters == profile(spec(made("llama3"))).parameters
+    base = copied("llama3")
+    write_json(adapter/"base.json", {"name": str(base)})
+    cut_off(base)
+    with pytest.raises(DistillError, match="llama3/model.safetensors: is cut off"): check_model(spec(adapter))
+    os.truncate(adapter/"adapter_model.safetensors", 100)
+    with pytest.raises(DistillError, match="adapter_model.safetensors: is cut off"): check_model(spec(adapter))
+
+
+# ---- the hub
+
+class Hub:
+    "A hub with one model, as its client shows it; what is asked of it is counted"
+    def __init__(self, folder, refuses=None, files=("config.json", "model.safetensors")):
+        self.folder, self.refuses, self.files, self.asked = folder, refuses, files, 0
+
+    def auth_check(self, name, token=None, **more):
+        self.asked += 1
+        if self.refuses: raise self.refuses
+
+    def model_info(self, name, revision=None):
+        from types import SimpleNamespace
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f) for f in self.files])
+
+
+@pytest.fixture
+def hub(monkeypatch, made):
+    import huggingface_hub
+    def start(refuses=None, reachable=True, **more):
+        served = Hub(made("llama3"), refuses, **more)
+        monkeypatch.setattr(models, "hub_reachable", lambda: reachable)
+        monkeypatch.setattr(huggingface_hub, "auth_check", served.auth_check)
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda token=None: served)
+        return served
+    return start
+
+
+def refusal(name):
+    import httpx
+    from huggingface_hub import errors
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/owner/name"))
+    return getattr(errors, name)("no", response=response)
+
+
+@pytest.mark.parametrize("refuses, said", [("GatedRepoError", "owner/name: is gated: accept its licence .* HF_TOKEN"),
+                                           ("RepositoryNotFoundError", "owner/name: no such model here, .* private")])
+def test_a_hub_model_that_is_not_given_is_refused_before_anything_is_fetched(hub, monkeypatch, refuses, said):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    hub(refusal(refuses))
+    with pytest.raises(DistillError, match=said): check_model(ModelSpec(name="owner/name"))
+
+
+def test_a_hub_model_without_safetensors_is_refused(hub):
+    hub(files=("config.json", "pytorch_model.bin"))
+    with pytest.raises(DistillError, match="has no weights as safetensors on the hub"): check_model(ModelSpec(name="owner/name"))
+
+
+def test_a_hub_model_that_was_never_fetched_is_refused_where_there_is_no_hub(hub):
+    hub(reachable=False)
+    with pytest.raises(DistillError, match="not in the hub's cache"): check_model(ModelSpec(name="owner/name"))
+
+
+def test_a_hub_model_that_was_fetched_is_looked_at_without_the_hub(hub, made, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    served = hub(reachable=False)
+    commit = tmp_path/"models--owner--name"/"snapshots"/("a" * 40)
+    shutil.copytree(made("llama3"), commit)
+    (tmp_path/"models--owner--name"/"refs").mkdir()
+    (tmp_path/"models--owner--name"/"refs"/"main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for module in ("huggingface_hub.file_download", "transformers.utils.hub"):
+        for name in ("HF_HUB_CACHE", "TRANSFORMERS_CACHE"): monkeypatch.setattr(sys.modules[module], name, str(tmp_path), raising=False)
+    assert check_model(ModelSpec(name="owner/name")).parameters == profile(spec(made("llama3"))).parameters
+    assert served.asked == 0
+    cut_off(commit)
+    with pytest.raises(DistillError, match="model.safetensors: is cut off"): check_model(ModelSpec(name="owner/name"))
