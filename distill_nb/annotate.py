@@ -593,11 +593,13 @@ def annotate_rows(
     job:Job, # what to ask
     rows:Rows, # open
 )->dict: # rows by split, what was dropped and why, tokens, cost
-    "Get the teacher's answers and write everything. Raises `DistillError`; what was paid for is kept"
+    "Get the teacher's answers and write everything. Raises `DistillError`, `StagePaused`; what was paid for is kept"
     p, out = job.params, Path(job.params.out)
     with Journal(out/"journal.sqlite", p.sync_to, p.shard_rows) as journal:
-        if p.task == "cot": result = write_chains(job, rows, journal, out)
-        else: result = write_rows(job, rows, journal, ask_rows(job, rows, journal), out)
+        try:
+            if p.task == "cot": result = write_chains(job, rows, journal, out)
+            else: result = write_rows(job, rows, journal, ask_rows(job, rows, journal), out)
+        except BatchWaits as e: pause_stage(p, str(e))
         bill = journal.bill(job.price and job.price.cost)
         write_card(out, describe(job, rows, journal, result))
     if result["dropped"]: log("dropped: " + ", ".join(f"{reason} {n}" for reason, n in result["dropped"].items()))
@@ -609,7 +611,7 @@ def annotate_rows(
 def annotate(
     params:AnnotateParams, # checked parameters
 )->dict: # as `annotate_rows`
-    "Open job and rows, and annotate: for those who import it. Raises `DistillError`; what was paid for is kept"
+    "Open job and rows, and annotate: for those who import it. Raises as `annotate_rows` does"
     job = open_job(params)
     keep = Path(params.out)/".rows.sqlite"
     with open_rows(params.data, params.task, keep) as rows: counts = annotate_rows(job, rows)

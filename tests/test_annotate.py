@@ -58,13 +58,9 @@ def test_a_recipe_that_asks_an_api(tmp_path, distill):
         assert planned.status == 0 and re.search(r"24 calls, about [\d,]+ tokens in, at most 768 out; about \$0\.\d+, at most \$0\.\d+", planned.out), planned.out + planned.err
         unset = distill("run", "recipe.yaml")
         assert unset.status == 2 and "MY_KEY is not set" in unset.err and len(unset.err.splitlines()) == 1
-        wrong = distill("run", "recipe.yaml", env={"MY_KEY": "sk-wrong-" + secrets.token_hex(8)})
-        assert wrong.status == 1 and "the key was not accepted (401)" in wrong.err and api.stats()["billed"] == 0
         done = distill("run", "recipe.yaml", env={"MY_KEY": key})
         assert done.status == 0, done.out + done.err
         assert api.stats()["billed"] == 24
-        again = distill("run", "recipe.yaml", env={"MY_KEY": key})
-        assert "reused" in again.out and api.stats()["billed"] == 24
         more = distill("run", "recipe.yaml", "--set", "annotate.csv_rows=10", env={"MY_KEY": key})
         assert "24 of 24 answers are in the journal already" in more.out and api.stats()["billed"] == 24
     assert done.out.index("24 calls, about") < done.out.index("teacher: 1 of 24 answers")
@@ -193,33 +189,36 @@ def test_a_local_label_that_was_scored_in_another_way_is_scored_anew(tmp_path):
 # Teachers without a network
 
 def test_a_finished_annotation_is_a_teacher(tmp_path, distill):
-    with MockApi() as api:
-        recipe(tmp_path, "chat", prompts(), teacher=teacher(api))
-        assert distill("run", "recipe.yaml").status == 0
-    first = (tmp_path/"runs"/"one"/"01-annotate"/"train.jsonl").read_bytes()
+    rows = {"path": str(write_rows(tmp_path/"all.jsonl", prompts())), "validation": 3, "test": 3}
+    with MockApi() as api: run_stage(tmp_path, teacher=teacher(api), data=rows)
     (tmp_path/"replay").mkdir()
-    r = recipe(tmp_path/"replay", "chat", prompts(), teacher={"recording": "../runs/one/01-annotate"})
+    r = recipe(tmp_path/"replay", "chat", prompts(), teacher={"recording": "../out"})
     done = distill("run", "recipe.yaml", cwd=tmp_path/"replay")
     assert done.status == 0, done.out + done.err
-    assert (r.out/"train.jsonl").read_bytes() == first and core.read_json(r.out/"annotate.json")["cost"] == 0
-    changed = distill("run", "recipe.yaml", "--set", "annotate.system=Be brief.", cwd=tmp_path/"replay")
-    assert changed.status == 1 and "not in the recording (24)" in changed.err, changed.err
+    assert (r.out/"train.jsonl").read_bytes() == (tmp_path/"out"/"train.jsonl").read_bytes() and core.read_json(r.out/"annotate.json")["cost"] == 0
+    with pytest.raises(core.DistillError, match=r"not in the recording \(24\)"):
+        run_stage(tmp_path/"replay", teacher={"recording": str(tmp_path/"out")}, data=rows, system="Be brief.")
+
+
+def batch_result(line, content, **more):
+    "What a provider makes of a line of a batch file"
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "gpt-4o-mini-2024", "choices": [choice],
+            "usage": {"prompt_tokens": 50, "completion_tokens": 5, "total_tokens": 55}}
+    return {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body | more}}
 
 
 def test_a_batch_file_is_written_answered_and_collected(tmp_path, distill):
     r = recipe(tmp_path, "classify", texts(), teacher={"batch": "gpt-4o-mini"}, labels=list(LABELS), max_cost=1)
     asked = distill("run", "recipe.yaml")
-    assert asked.status == 1 and "24 calls were written to" in asked.err and "vllm run-batch" in asked.err
+    assert asked.status == 75 and "is paused" in asked.err and "24 calls were written to" in asked.err and "vllm run-batch" in asked.err, asked.err
+    assert "24 calls were written to" in core.read_json(r.out/"stage.json")["paused"]
     lines = core.read_jsonl(r.out/"batch"/"requests-00001.jsonl")
     assert len(lines) == 24 and all(l["method"] == "POST" and l["url"] == "/v1/chat/completions" and l["body"]["response_format"]["json_schema"]["strict"] for l in lines)
-    def answered(line, label="positive"):
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": json.dumps({"label": label})}}
-        return {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": {"id": "x", "object": "chat.completion", "created": 0, "model": "gpt-4o-mini-2024", "choices": [choice],
-                                                                                          "usage": {"prompt_tokens": 50, "completion_tokens": 5, "total_tokens": 55}}}}
+    def answered(line): return batch_result(line, json.dumps({"label": "positive"}))
+    expired = {"custom_id": lines[10]["custom_id"], "response": None, "error": {"code": "batch_expired"}}
     write_rows(r.out/"batch"/"results"/"part1.jsonl", [answered(l) for l in lines[:10]])
-    waiting = distill("run", "recipe.yaml")
-    assert waiting.status == 1 and "14 calls are still without a result" in waiting.err and "were written" not in waiting.err
-    write_rows(r.out/"batch"/"results"/"part2.jsonl", [answered(l) for l in reversed(lines[11:])] + [{"custom_id": lines[10]["custom_id"], "response": None, "error": {"code": "batch_expired"}}])
+    write_rows(r.out/"batch"/"results"/"part2.jsonl", [answered(l) for l in reversed(lines[11:])] + [expired])
     done = distill("run", "recipe.yaml")
     assert done.status == 0, done.err
     failed = core.read_jsonl(r.out/"failures.jsonl")
@@ -228,12 +227,49 @@ def test_a_batch_file_is_written_answered_and_collected(tmp_path, distill):
     assert sum(counts["rows"].values()) == 23 and counts["prompt_tokens"] == 23 * 50 and counts["cost"] == pytest.approx(23 * (50 * 0.15 + 5 * 0.6) / 1e6)
 
 
-def test_a_torn_result_file_is_named(tmp_path):
+@pytest.fixture
+def by_batch(tmp_path):
+    "Annotate by batch file: gives a function that runs the stage, and the batch's folder"
     write_rows(tmp_path/"rows.jsonl", prompts())
-    values = dict(teacher={"batch": "gpt-4o-mini"}, data={"path": str(tmp_path/"rows.jsonl")})
-    with pytest.raises(core.DistillError, match="24 calls were written"): run_stage(tmp_path, **values)
-    (tmp_path/"out"/"batch"/"results"/"part.jsonl").write_text('{"custom_id": "a"}\n{"custom_i')
-    with pytest.raises(core.DistillError, match=r"part.jsonl, line 2: not a line of a batch file"): run_stage(tmp_path, **values)
+    values = dict(teacher={"batch": "gpt-4o-mini"}, data={"path": str(tmp_path/"rows.jsonl")}, max_failed=1)
+    return lambda **more: run_stage(tmp_path, **values | more), tmp_path/"out"/"batch"
+
+
+def test_what_has_no_result_yet_is_waited_for_and_not_written_again(by_batch):
+    run, batch = by_batch
+    with pytest.raises(base.StagePaused, match="24 calls were written"): run()
+    lines = core.read_jsonl(batch/"requests-00001.jsonl")
+    write_rows(batch/"results"/"part.jsonl", [batch_result(l, "Because.") for l in lines[:10]])
+    for _ in range(2):
+        with pytest.raises(base.StagePaused, match="14 calls are still without a result"): run()
+    assert [f.name for f in batch.glob("requests-*")] == ["requests-00001.jsonl"]
+    with pytest.raises(base.StagePaused, match="24 calls were written.*requests-00002.jsonl"): run(system="Be brief.")
+
+
+def test_a_result_that_was_paid_for_and_cannot_be_used_is_in_the_bill_once(by_batch):
+    "The meter counted it, the journal did not: the next run could pass the cap"
+    run, batch = by_batch
+    with pytest.raises(base.StagePaused): run()
+    lines = core.read_jsonl(batch/"requests-00001.jsonl")
+    odd = {"choices": []}, {"choices": None, "usage": None}, {"choices": "abc"}
+    results = [batch_result(l, "Because.") for n, l in enumerate(lines) if n % 8]
+    for n in (2, 3):  # the last of the odd ones comes a day later
+        write_rows(batch/"results"/"part.jsonl", [batch_result(l, "", **o) for l, o in zip(lines[:n * 8:8], odd)] + results)
+        if n == 2:
+            with pytest.raises(base.StagePaused, match="1 call is still"): run()
+    counts = run()
+    again = run()
+    assert counts["dropped"] == {"malformed response": 3} and again == counts
+    with journal.Journal(batch.parent/"journal.sqlite") as j:
+        assert (j.count(), j.count("spent"), j.count("lost")) == (21, 1, 2)
+        assert j.bill().tokens == counts["prompt_tokens"] + counts["tokens"] > 24 * 55
+
+
+def test_a_torn_result_file_is_named(by_batch):
+    run, batch = by_batch
+    with pytest.raises(base.StagePaused, match="24 calls were written"): run()
+    (batch/"results"/"part.jsonl").write_text('{"custom_id": "a"}\n{"custom_i')
+    with pytest.raises(core.DistillError, match=r"part.jsonl, line 2: not a line of a batch file"): run()
 
 
 def test_a_batch_that_could_pass_the_cap_is_not_written(tmp_path):
@@ -313,27 +349,35 @@ def test_fifty_seeds_become_a_thousand_questions_split_by_seed():
     assert len({r["id"] for r in rows}) == len({r["new_question"] for r in rows}) == 1000
 
 
-def test_chains_from_a_recipe(tmp_path, distill):
+@pytest.fixture
+def seeds():
+    "Ten seeds, of which the mock solves every other one right, and what it says to each"
     seeds = [{"id": f"s{i}", "question": f"Question {i}: {w} has {i} {t} and finds {i + 2} more. How many has {w} now?", "answer": str(2 * i + 2)} for i, (w, t) in enumerate(zip(
         ("Mina", "Tom", "Ravi", "Li", "Ana", "Sefa", "Noor", "Olu", "Ines", "Jan"), ("apples", "stones", "mangoes", "coins", "books", "shells", "hats", "keys", "pens", "cups")))]
-    canned = [{"contains": f"Question {i}:", "content": f"{s['id']} adds up what there is.\nAnswer: {s['answer'] if i % 2 else 0}"} for i, s in enumerate(seeds)]
+    return seeds, [{"contains": f"Question {i}:", "content": f"{s['id']} adds up what there is.\nAnswer: {s['answer'] if i % 2 else 0}"} for i, s in enumerate(seeds)]
+
+
+def test_a_teacher_that_has_no_new_questions_is_stopped(tmp_path, seeds):
+    rows, canned = seeds
+    data = {"path": str(write_rows(tmp_path/"rows.jsonl", rows))}
     with MockApi(canned=[{"contains": "Write one new problem", "content": ""}, *canned]) as api:
-        r = recipe(tmp_path, "cot", seeds, teacher=teacher(api), count=20)
-        done = distill("run", "recipe.yaml")
-        assert done.status == 1 and "20 rows failed one after the other; the last: empty answer" in done.err, "an empty question is none"
-    write_rows(tmp_path/"rows.jsonl", seeds)
+        with pytest.raises(core.DistillError, match="20 rows failed one after the other; the last: empty answer"):
+            run_stage(tmp_path, teacher=teacher(api), data=data, task="cot", count=20)
+
+
+def test_chains_from_a_recipe(tmp_path, distill, seeds):
+    rows, canned = seeds
     said = ["Two hens lay nine eggs in a week; how many does one lay?", "A bus with forty seats is half full, and six get on. How many sit?", "What comes after the day that follows Monday, if Monday was yesterday?"]
     with MockApi(canned=[*({"contains": f"variation {i + 1}:", "content": f"New problem: {q}"} for i, q in enumerate(said)), *canned, {"contains": "eggs", "content": "Answer: 4.5"}, {"contains": "Solve", "content": "No idea."}]) as api:
-        (tmp_path/"b").mkdir()
-        r = recipe(tmp_path/"b", "cot", seeds, teacher=teacher(api), count=20)
+        r = recipe(tmp_path, "cot", rows, teacher=teacher(api), count=20)
         body = yaml.safe_load((r.folder/"recipe.yaml").read_text())
         body["data"] |= {"validation": 0, "test": 0}
         (r.folder/"recipe.yaml").write_text(yaml.safe_dump(body))
-        done = distill("run", "recipe.yaml", cwd=r.folder)
+        done = distill("run", "recipe.yaml")
         assert done.status == 0, done.out + done.err
-        asked = api.stats()["requests"]
-        again = distill("run", "recipe.yaml", "--redo", "annotate", cwd=r.folder)
-        assert again.status == 0 and api.stats()["requests"] == asked, "chains that were paid for are not asked again"
+        asked, params = api.stats()["requests"], core.read_json(r.out/"manifest.json")["parameters"]
+        again = stage.annotate(stage.AnnotateParams(**params | {"out": str(r.out)}))
+        assert again["rows"]["train"] == 1 and api.stats()["requests"] == asked, "chains that were paid for are not asked again"
     dataset = core.read_json(r.out/"dataset.json")
     assert [set(d) for d in dataset] == [{"original_question", "original_solution", "new_question", "new_solution"}] * len(dataset) and dataset[0]["new_question"] == said[0]
     assert core.read_jsonl(r.out/"train_text.jsonl")[0]["text"] == f"Q: {said[0]}\nA: Answer: 4.5"

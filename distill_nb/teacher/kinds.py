@@ -117,8 +117,8 @@ def keep_result(
     return "" if verdict.what == "answer" else verdict.reason
 
 # %% ../../nbs/16_teacher.kinds.ipynb #c015
-class BatchWaits(DistillError):
-    "Calls are with somebody else; the same command goes on when their results are there"
+class BatchWaits(Exception):
+    "Calls are with somebody else: no mistake, but nothing more can be done now"
 
 def say_what_to_do(
     teacher:BatchTeacher, # model
@@ -129,8 +129,10 @@ def say_what_to_do(
 )->str:
     "What a person has to do with the files"
     results = folder/"results"
-    waiting = f"{awaited} calls are still without a result in {results}" if awaited else ""
-    written = f"{new} calls were written to {', '.join(map(str, files))}" if new else ""
+    still = "1 call is" if awaited == 1 else f"{awaited} calls are"
+    were = "1 call was" if new == 1 else f"{new} calls were"
+    waiting = f"{still} still without a result in {results}" if awaited else ""
+    written = f"{were} written to {', '.join(map(str, files))}" if new else ""
     there = " and ".join(filter(None, [waiting, written]))
     command = f"vllm run-batch -i FILE -o results/FILE --model {teacher.batch}"
     return (f"teacher {teacher}: {there}. Let them be answered (upload them to the provider's batch service, or "
