@@ -13,9 +13,10 @@ from distill_nb.models import load_model
 from distill_nb.stage import ModelSpec
 
 CAUSAL = ("llama3", "chatml", "gemma", "gemma2", "gemma3", "phi3", "mistral", "gpt2")
-ROWS = [{"id": str(n), "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "meta": {"label": n}}
-        for n, (q, a) in enumerate([("What is the capital of France?", "Paris."), ("Two and two?", "four, of course"),
-                                    ("Say a word or two about the cat that sat on the mat.", "Good cat")])]
+ASKED = {"What is the capital of France?": "Paris.", "Two and two?": "four, of course",
+         "Say a word or two about the cat that sat on the mat.": "Good cat"}
+ROWS = [{"id": q, "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "meta": {"label": 1}}
+        for q, a in ASKED.items()]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,8 @@ def textbook(loaded, row):
     with torch.inference_mode(): out = loaded.model(**batch).logits
     logits, labels = out.reshape(-1, out.shape[-1]), batch["labels"].reshape(-1)
     if loaded.family.name == "causal": logits, labels = logits[:-1], labels[1:]
-    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item(), (labels != -100).sum().item()
+    nats = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return nats.item(), (labels != -100).sum().item()
 
 
 @pytest.mark.parametrize("kind", (*CAUSAL, "t5", "bert_cls"))
@@ -118,7 +120,8 @@ def test_an_answer_in_a_batch_is_the_answer_alone(loaded, kind):
     asked = [r["messages"][:1] for r in ROWS]
     together = gen.generate(model, asked, max_new_tokens=6, batch_size=3)
     assert together == [gen.generate(model, [a], max_new_tokens=6)[0] for a in asked]
-    assert [a["prompt_tokens"] for a in together] == [len(encode_prompt(model.tokenizer, a, model.family)) for a in asked]
+    fed = [len(encode_prompt(model.tokenizer, a, model.family)) for a in asked]
+    assert [a["prompt_tokens"] for a in together] == fed
 
 
 @pytest.mark.parametrize("kind", ("llama3", "chatml", "gemma", "phi3", "mistral", "gpt2"))
@@ -147,7 +150,8 @@ def failing_above(rows, call):
 def test_when_memory_runs_out_batches_are_halved_and_nothing_is_lost(loaded, kind, monkeypatch, capsys):
     model = loaded(kind)
     prompts = [f"Good or bad? {t}" for t in LONG]
-    asks = [lambda: gen.completion_nll(model, ROWS), lambda: gen.generate(model, [r["messages"][:1] for r in ROWS], max_new_tokens=3)]
+    asked = [r["messages"][:1] for r in ROWS]
+    asks = [lambda: gen.completion_nll(model, ROWS), lambda: gen.generate(model, asked, max_new_tokens=3)]
     if kind != "t5": asks.append(lambda: gen.score_continuations(model, prompts, ["good", "bad"]))
     wanted = [ask() for ask in asks]
     first = model.model.get_encoder() if kind == "t5" else model.model.base_model
@@ -176,7 +180,8 @@ def test_a_likelihood_never_holds_the_logits_of_a_batch(loaded, monkeypatch):
     model, ours, own = loaded("chatml"), [], []
     logits = gen.Head.logits
     monkeypatch.setattr(gen.Head, "logits", lambda self, hidden: ours.append(len(hidden)) or logits(self, hidden))
-    hook = model.model.get_output_embeddings().register_forward_hook(lambda layer, given, out: own.append(out.shape[:-1].numel()))
+    last = model.model.get_output_embeddings()
+    hook = last.register_forward_hook(lambda layer, given, out: own.append(out.shape[:-1].numel()))
     many = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 300}]}] * 4
     tokens = sum(n for _, n in gen.completion_nll(model, many, batch_size=4))
     hook.remove()
