@@ -14,9 +14,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # one thread: two that wait for each other on a busy machine are many times slower
+# One thread: two that wait for each other on a busy machine are many times slower.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ |= OFFLINE  # before anything imports huggingface_hub, which reads it once
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts these tests in the background ignores it, and so would all that they start
+# Whoever starts these tests in the background ignores it, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 DEADLINE = 300  # seconds after which a run of the tiny recipe counts as hung
 
 
@@ -31,14 +33,17 @@ def write_rows(file, rows):
     return file
 
 
+TRAINING = {"engine": "trl", "lora_r": 2, "lora_alpha": 4, "batch_size": 4, "max_steps": 4, "save_steps": 1, "max_length": 256}
+
+
 def tiny_recipe(model, data):
     "Five stages in which everything is as small as it can be; a random model never stops, so cut-off answers are kept"
+    def base(): return {"name": str(model), "layers": 3}
     return {"name": "tiny", "task": "chat", "data": {"path": str(data), "group": "topic", "validation": 4, "test": 4},
             "stages": [{"annotate": {"teacher": str(model), "max_new_tokens": 8, "cut_off": "keep", "batch_size": 4}},
-                       {"sft": {"id": "student", "model": {"name": str(model), "layers": 3}, "engine": "trl", "lora_r": 2, "lora_alpha": 4, "batch_size": 4,
-                                "max_steps": 4, "save_steps": 1, "max_length": 256}},
+                       {"sft": {"id": "student", "model": base()} | TRAINING},
                        {"merge": {"id": "distilled", "proof_rows": 2}},
-                       {"evaluate": {"models": {"base": {"name": str(model), "layers": 3}, "distilled": "@distilled"}, "metrics": ["bleu", "rougeL"],
+                       {"evaluate": {"models": {"base": base(), "distilled": "@distilled"}, "metrics": ["bleu", "rougeL"],
                                      "samples": 4, "max_new_tokens": 8, "resamples": 100}},
                        {"report": {}}]}
 
@@ -52,6 +57,60 @@ def write_recipe(folder, model, change=None, data=None):
     return folder/"recipe.yaml"
 
 
+# A stage of one's own, which costs a second: it waits for a file, fails or dies where it is told to, and says which work it took up.
+OWN_STAGE = ["""
+out: str = "runs/adhoc/own"  # folder that the stage writes into
+data: str | dict | None = None  # rows
+task: str = "chat"  # what the rows are for
+models: list = []  # models
+wait_for: str = ""  # the file without which it pauses
+end: str = ""  # fail, die, or neither
+""", """
+#| export
+from pathlib import Path
+from typing import Literal
+from pydantic import Field
+from distill_nb.core import *
+from distill_nb.stage import *
+
+class Params(StageParams):
+    out: str = Field("runs/adhoc/own", description="folder that the stage writes into")
+    data: DataRef|None = Field(None, description="rows")
+    task: Task = Field("chat", description="what the rows are for")
+    models: list[ModelRef] = Field([], description="models")
+    wait_for: str = Field("", description="the file without which it pauses")
+    end: Literal["", "fail", "die"] = Field("", description="fail, die, or neither")
+    needs_answers = False
+
+    def makes(self): return ("metrics",)
+""", """
+import os, time
+params = Params.from_cell(globals())
+out = open_stage(params, "own")
+if not (out/"begun").exists(): write_text(out/"begun", str(time.time_ns()))
+if params.wait_for and not Path(params.wait_for).exists(): pause_stage(params, "the batch is not done yet")
+if params.end == "fail": raise DistillError("it was told to")
+if params.end == "die": os._exit(9)
+finish_stage(params, summary={"answer": 42})
+"""]
+
+
+def write_notebook(file, *codes):
+    "A notebook of code cells, the first tagged as parameters"
+    cells = [{"cell_type": "code", "id": f"c{n}", "metadata": {}, "execution_count": None, "outputs": [], "source": code.strip()}
+             for n, code in enumerate(codes)]
+    cells[0]["metadata"]["tags"] = ["parameters"]
+    file.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    return file
+
+
+def own_recipe(folder, *stages, **top):
+    "A folder with the stage of one's own and a recipe that uses it"
+    write_notebook(folder/"own.ipynb", *OWN_STAGE)
+    (folder/"recipe.yaml").write_text(yaml.safe_dump({"name": "mine", "stages": list(stages)} | top))
+    return folder/"recipe.yaml"
+
+
 def environment(env):
     "Of a subprocess: offline, and with the package that these tests lie beside"
     return {k: v for k, v in os.environ.items() if k != "IN_TEST"} | OFFLINE | {"PYTHONPATH": str(ROOT)} | (env or {})
@@ -59,16 +118,17 @@ def environment(env):
 
 def command_line(*arguments, cwd, env=None, timeout=DEADLINE):
     "Run `distill-nb ...`: status, out, err"
-    done = subprocess.run([sys.executable, "-m", "distill_nb", *map(str, arguments)], cwd=cwd, env=environment(env), text=True, capture_output=True,
-                          stdin=subprocess.DEVNULL, timeout=timeout)
+    done = subprocess.run([sys.executable, "-m", "distill_nb", *map(str, arguments)], cwd=cwd, env=environment(env), text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout)
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
 class Started:
     "`distill-nb ...` while it runs, in a process group of its own"
     def __init__(self, *arguments, cwd, env=None):
-        self.process = subprocess.Popen([sys.executable, "-m", "distill_nb", *map(str, arguments)], cwd=cwd, env=environment(env), text=True,
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        command = [sys.executable, "-m", "distill_nb", *map(str, arguments)]
+        self.process = subprocess.Popen(command, cwd=cwd, env=environment(env), text=True, stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         self.lines = []
         self.reader = threading.Thread(target=lambda: self.lines.extend(iter(self.process.stdout.readline, "")), daemon=True)
         self.reader.start()

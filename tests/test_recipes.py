@@ -1,18 +1,21 @@
 """A mistake is found before anything is run, and said in one sentence: file, stage, key. And what rows and files must keep to."""
 import contextlib
+import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_nb import annotate, cli, core, models, pipeline, stage as stages_
+from distill_nb import cli, core, generate, models, pipeline, stage as stages_
 from distill_nb.core import DistillError
+from distill_nb.stage import DataSpec
 
-from conftest import command_line, prompts, write_recipe
+from conftest import command_line, prompts, write_recipe, write_rows
 
 quick = settings(max_examples=150, deadline=None)  # a busy machine has no say in what is right
 
@@ -110,6 +113,17 @@ MISTAKES = {  # what is done to the recipe, and what must be said
     "a stage whose parameters are a word": (put_top(stages=[{"annotate": "quickstart"}]), ["recipe.yaml: stage", "annotate", "'quickstart'"]),
     "4-bit weights trained whole": (put("student", method="full", model={"name": "smollm2-135m-instruct", "quantize": "4bit"}),
                                     ["recipe.yaml: stage 'student':", "quantize: 4-bit weights cannot be trained", "method: lora"]),
+    "a missing column of the rows that prove a merge": (put("distilled", proof={"path": "rows.jsonl", "columns": {"prompt": "promt"}}),
+                                    ["recipe.yaml: stage 'distilled': proof:", "rows.jsonl: columns: prompt:", "did you mean 'prompt'?"]),
+    "a word that YAML takes for yes": (put("annotate", labels=["maybe", True]),
+                                       ["recipe.yaml: stage 'annotate': labels.1:", "not True", "write the word in quotes"]),
+    "a number that should be text": (put("annotate", labels=["maybe", 3]), ["stage 'annotate': labels.1:", "not 3: write it in quotes"]),
+    "a table of a stage that there is not": (put("evaluate", models="@evalaute"), ["stage 'evaluate': models: @evalaute: no earlier stage"]),
+    "a table of a stage that has none": (put("evaluate", models="@student"), ["stage 'evaluate': models: @student: a sft stage has no models"]),
+    "the recipe's data, where it has none": (lambda r: r.update(stages=[{"evaluate": {"models": {"a": "x"}, "data": "@data"}}]) or r.pop("data"),
+                                             ["stage 'evaluate': data: @data: the recipe has no data"]),
+    "an id that means the data": (put("student", id="data"), ["stage 'data': id: @data is the recipe's own data"]),
+    "rows longer than the model's positions": (put("student", max_length=5000), ["stage 'student': model:", "4,096 positions", "5,000"]),
     "no such baseline": (put("evaluate", baseline="bas"), ["recipe.yaml: stage 'evaluate': baseline:", "did you mean 'base'?"]),
 }
 
@@ -227,6 +241,15 @@ def test_several_mistakes_are_reported_together_and_only_they(here, model, capsy
     assert len(said) == 4, said
 
 
+def test_a_mistake_that_follows_from_another_is_not_said(here, model, capsys, monkeypatch):
+    def change(r):
+        stage(r, "evaluate").update(sample=3)
+        r["stages"].append({"evaluate": {"id": "again", "models": "@evaluate"}})
+    write_recipe(here, model, change)
+    line, = refused(capsys, monkeypatch, here, "run", "recipe.yaml")
+    assert "stage 'evaluate': sample:" in line
+
+
 def test_several_missing_inputs_are_reported_together(here, model, capsys, monkeypatch):
     def change(r):
         r["data"]["path"] = "row.jsonl"
@@ -259,6 +282,89 @@ def test_a_mistake_in_what_smoke_changes_is_found_without_smoke(here, model, cap
 def test_set_changes_what_it_names(key, value, found, here, model):
     loaded, file = pipeline.load_recipe(str(write_recipe(here, model)), [f"{key}={value}"])
     assert found({s.id: s.params for s in pipeline.check_recipe(loaded, file)})
+
+
+def test_a_table_is_taken_over_from_an_earlier_stage_and_data_from_the_recipe(here, model):
+    def change(r): r["stages"].append({"evaluate": {"id": "again", "models": "@evaluate", "data": "@data"}})
+    loaded, file = pipeline.load_recipe(str(write_recipe(here, model, change)))
+    *_, evaluate, _, again = pipeline.check_recipe(loaded, file)
+    assert again.params.models == evaluate.params.models and len(again.params.models) == 2
+    assert again.params.data == loaded.data and evaluate.params.data == "@annotate"
+
+
+def test_a_tilde_is_the_home_folder(here, model, monkeypatch):
+    home = here/"home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    write_rows(home/"rows.jsonl", prompts())
+    shutil.copytree(model, home/"model")
+    write_recipe(here, "~/model", put("annotate", sync_to="~/answers"), "~/rows.jsonl")
+    loaded, file = pipeline.load_recipe("recipe.yaml")
+    stages = pipeline.check_recipe(loaded, file)
+    for s in stages: pipeline.make_local(s, file)
+    with pipeline.Opened() as opened: pipeline.check_inputs(stages, file, opened)
+    annotate, student, _, evaluate, _ = [s.params for s in stages]
+    assert annotate.data.path == str(home/"rows.jsonl") and annotate.sync_to == str(home/"answers")
+    assert {annotate.teacher.name, student.model.name, evaluate.models["base"].name} == {str(home/"model")}
+
+
+@pytest.mark.parametrize("run_dir", ["taken", "taken/below"])
+def test_nowhere_to_write_is_one_sentence(run_dir, here, model, capsys, monkeypatch):
+    write_recipe(here, model)
+    (here/"taken").write_text("a file")
+    line, = refused(capsys, monkeypatch, here, "run", "recipe.yaml", "--run-dir", run_dir)
+    assert "taken" in line and "cannot be written" in line
+
+
+def test_a_full_disk_is_one_sentence(here, model, capsys, monkeypatch):
+    def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write_recipe(here, model)
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = distill(capsys, monkeypatch, "run", "recipe.yaml")
+    assert status == 2 and err.strip().endswith("recipe.yaml: cannot be written: No space left on device") and err.count("\n") == 1
+
+
+def test_what_was_pasted_is_not_repeated(here):
+    with pytest.raises(ValueError) as e: DataSpec(path="rows.jsonl", token="sk-canary")
+    assert "token" in str(e.value) and "canary" not in str(e.value)
+    with pytest.raises(DistillError) as e: stages_.check(DataSpec, {"path": "x", "seed": {"key": "sk-canary"}}, "here")
+    assert "here: seed:" in str(e.value) and "canary" not in str(e.value)
+
+
+@pytest.mark.parametrize("value, key", [({"a": [1.0, {"b": float("nan")}]}, "a.1.b"), ([float("inf")], "0"), (float("-inf"), "the value")])
+def test_a_number_that_is_none_is_named_and_never_written(value, key, here):
+    with pytest.raises(DistillError, match=f"loss.json: {key}: is not a finite number"): core.write_json(here/"loss.json", value)
+    with pytest.raises(DistillError, match="log.jsonl, line 2: x"): core.write_jsonl(here/"log.jsonl", [{"x": 1}, {"x": value}])
+    assert not list(here.iterdir())
+
+
+def test_a_digest_is_computed_once_and_never_wrong(here, monkeypatch):
+    counted, sha256_file = [], core.sha256_file
+    monkeypatch.setattr(core, "sha256_file", lambda path: counted.append(path) or sha256_file(path))
+    monkeypatch.setattr(core, "_DIGESTS", {})
+    monkeypatch.setattr(core, "KEPT_FROM", 4)
+    monkeypatch.setenv("DISTILL_NB_CACHE", str(here/"cache"))
+    def fresh():
+        core._DIGESTS.clear()
+        counted.clear()
+        return core.file_digest(file), len(counted)
+    file, kept = here/"weights", here/"cache"/"digests.sqlite"
+    file.write_bytes(b"many bytes")
+    young = core.file_digest(file)
+    file.write_bytes(b"more bytes")
+    assert core.file_digest(file) != young, "changed at once, to the same size"
+    os.utime(file, (1, 1))
+    assert fresh() == (sha256_file(file), 1)
+    assert core.file_digest(file) and len(counted) == 1, "remembered in the process"
+    assert fresh() == (sha256_file(file), 0), "kept for the next"
+    for damage in (b"no database", kept.read_bytes()[:2000]):
+        kept.write_bytes(damage)
+        assert fresh() == (sha256_file(file), 1) and fresh() == (sha256_file(file), 0), "made anew"
+    file.write_bytes(b"MORE BYTES")
+    os.utime(file, (2, 2))
+    assert fresh() == (sha256_file(file), 1)
+    monkeypatch.setenv("DISTILL_NB_CACHE", str(file/"below"))
+    assert fresh() == (sha256_file(file), 1), "nowhere to keep it"
 
 
 def test_the_real_command_line_says_the_same(tmp_path, model):
@@ -350,10 +456,10 @@ answers = st.lists(st.sampled_from(["Bees", " store", "it", ". ", ".", "!", "? "
 @quick
 @given(answers)
 def test_a_trimmed_answer_is_a_prefix_that_ends_a_sentence(answer):
-    trimmed = annotate.trim_answer(answer)
+    trimmed = generate.trim_answer(answer)
     assert answer.startswith(trimmed)
     assert trimmed == "" or trimmed.rstrip("\"'”’)]")[-1:] in set(".!?।。！？"), trimmed
-    assert annotate.trim_answer(trimmed) == trimmed
+    assert generate.trim_answer(trimmed) == trimmed
     if re.fullmatch(r"[A-Za-z ]+[.!?]", answer): assert trimmed == answer
 
 

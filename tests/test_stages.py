@@ -10,6 +10,9 @@ from io import StringIO
 import pytest
 
 from distill_nb import core, pipeline, stage
+from distill_nb.data import SPLITS
+from distill_nb.families import FAMILIES
+from distill_nb.run.check import ref_fields
 
 from conftest import DEADLINE, ROOT, environment
 
@@ -17,6 +20,12 @@ STAGES = pipeline.stage_notebooks()
 FILES = [p.relative_to(ROOT/"distill_nb").with_suffix("") for p in (ROOT/"distill_nb").rglob("*.py")]
 MODULES = sorted(".".join(p.parts) for p in FILES if p.name not in ("__init__", "__main__"))
 HEAVY = ("torch", "transformers", "trl", "unsloth", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib")
+
+
+def comments_in(source):
+    "line: what its comment says"
+    tokens = tokenize.generate_tokens(StringIO(source).readline)
+    return {t.start[0]: t.string.removeprefix("#").strip() for t in tokens if t.type == tokenize.COMMENT}
 
 
 def parameters_cell(notebook):
@@ -46,11 +55,23 @@ def test_the_parameters_cell_is_the_model(kind):
 def test_each_parameter_is_typed_and_explained_on_its_line(kind):
     source = parameters_cell(STAGES[kind])
     body, lines = ast.parse(source).body, source.splitlines()
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(StringIO(source).readline) if t.type == tokenize.COMMENT}
-    assert all(isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.value is not None for n in body), "not `name: type = default`"
+    plain = [isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.value is not None for n in body]
+    assert all(plain), "not `name: type = default`"
     assert [n.lineno for n in body] == [n.end_lineno for n in body] == list(range(1, len(lines) + 1)), "not one a line"
-    assert all(len(comments.get(n.lineno, "").split()) >= 2 for n in body), f"no comment: {[n.target.id for n in body if n.lineno not in comments]}"
     for n in body: ast.literal_eval(n.value)  # papermill reads the cell without running it
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_what_a_stage_says_of_itself_holds(kind):
+    "Each class variable names parameters of its own; what makes a model says which one it descends from; who opens rows is told the task"
+    cls = pipeline.params_class(kind)
+    refs, fields = ref_fields(cls), set(cls.model_fields)
+    assert {*cls.runtime, *cls.path_fields} <= fields and set(cls.families) <= set(FAMILIES) and set(cls.needs_splits) <= set(SPLITS)
+    assert all(set(ref.kinds) <= set(stage.KINDS) for ref in refs.values())
+    models = [name for name, ref in refs.items() if {"model", "adapter"} & set(ref.kinds)]
+    if kind in ("sft", "merge"): assert cls.descends in models
+    if any("data" in ref.kinds for ref in refs.values()): assert cls.model_fields["task"].annotation == stage.Task
+    assert not set(cls.runtime) & set(refs), "what is read always matters"
 
 
 @pytest.mark.parametrize("kind", STAGES)
@@ -72,8 +93,9 @@ def test_a_stage_refuses_what_it_does_not_know(kind):
 
 def test_a_light_stage_runs_by_papermill_alone(tmp_path):
     "No pipeline, no recipe: its own demonstration"
-    done = subprocess.run([sys.executable, "-m", "papermill", str(STAGES["merge"]), str(tmp_path/"out.ipynb"), "-p", "out", str(tmp_path/"merge"), "-k", "python3", "--no-progress-bar"],
-                          cwd=tmp_path, env=environment(None), text=True, capture_output=True, timeout=DEADLINE)
+    command = ["papermill", STAGES["merge"], tmp_path/"out.ipynb", "-p", "out", tmp_path/"merge", "-k", "python3", "--no-progress-bar"]
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=tmp_path, env=environment(None), text=True,
+                          capture_output=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stderr
     manifest = core.read_json(tmp_path/"merge"/"manifest.json")
     assert manifest["stage"] == "merge" and manifest["fingerprint"] is None
@@ -86,7 +108,8 @@ def test_a_light_stage_runs_by_papermill_alone(tmp_path):
 
 
 def python(code, *arguments):
-    done = subprocess.run([sys.executable, *arguments, "-c", code] if code else [sys.executable, *arguments], env=environment(None), cwd=ROOT.parent, text=True, capture_output=True, timeout=DEADLINE)
+    command = [sys.executable, *arguments, *(["-c", code] if code else [])]
+    done = subprocess.run(command, env=environment(None), cwd=ROOT.parent, text=True, capture_output=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stderr
     return done
 
