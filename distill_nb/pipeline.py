@@ -9,7 +9,7 @@ __all__ = ['REPORTS', 'stage_folders', 'put_aside', 'arrange_folders', 'resolved
            'show_stage', 'show_run']
 
 # %% ../nbs/63_pipeline.ipynb #c003
-import contextlib, os, re, shutil, sys, tempfile, time
+import contextlib, filecmp, os, re, shutil, sys, tempfile, time
 from pathlib import Path
 from typing import Any
 
@@ -208,9 +208,11 @@ def publish(
     folder:Path, # a stage's folder
     run_dir:Path, # the run
 ):
-    "Put a report at the top of the run, if it is not there"
+    "Put a report at the top of the run"
     for name in REPORTS:
-        if (folder/name).exists() and not (run_dir/name).exists(): shutil.copy2(folder/name, run_dir/name)
+        source, target = folder/name, run_dir/name
+        if not source.exists(): continue
+        if not target.exists() or not filecmp.cmp(source, target, shallow=False): shutil.copy2(source, target)
 
 # %% ../nbs/63_pipeline.ipynb #c047
 def summary_line(

@@ -635,10 +635,11 @@ def test_the_quickstart_with_real_models_and_unsloth(tmp_path):
     assert found["02-student"]["hardware"]["engine"] == "unsloth" and found["02-student"]["packages"]["unsloth"]
     for name in ("results.txt", "report.md", "report.json", "report.html"): assert (run/name).stat().st_size
     metrics = read_json(run/"04-evaluate"/"metrics.json")
-    assert set(metrics) == {"base", "distilled", "teacher", "paired"}
-    for model in ("base", "distilled", "teacher"):
-        assert set(metrics[model]) >= {"bleu", "rougeL", "perplexity"}
-        for m in metrics[model].values():
+    assert metrics["version"] == 2 and set(metrics["models"]) == {"base", "distilled", "teacher"}
+    measured = {name: of["metrics"] for name, of in metrics["models"].items()}
+    for of in measured.values():
+        assert set(of) >= {"bleu", "rougeL", "perplexity"}
+        for m in of.values():
             assert set(m) == {"value", "low", "high", "n", "backend"} and m["low"] <= m["value"] <= m["high"]
             assert m["n"] >= 4 and m["backend"]
     proof = read_json(run/"03-distilled"/"merge.json")
@@ -648,6 +649,6 @@ def test_the_quickstart_with_real_models_and_unsloth(tmp_path):
     config = read_json(run/"03-distilled"/"model"/"config.json")
     assert config["num_hidden_layers"] == 6 and "quantization_config" not in config
     # The teacher is a real model: it must find its own answers far likelier than a model with most of its layers cut out does.
-    assert metrics["teacher"]["perplexity"]["value"] < metrics["base"]["perplexity"]["value"] / 2
+    assert measured["teacher"]["perplexity"]["value"] < measured["base"]["perplexity"]["value"] / 2
     hidden = [p for p in tmp_path.rglob("*") if p.is_file() and canary.encode() in p.read_bytes()]
     assert not hidden and canary not in done.out + done.err
