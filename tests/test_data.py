@@ -202,6 +202,17 @@ def test_a_mistake_in_a_long_json_file_is_found_where_it_is(here):
     assert peak < 2e6 < len(rest)
 
 
+def test_a_long_row_is_not_decoded_over_and_over():
+    "Each time that it turns out to be longer, twice as much is read"
+    class Counted(io.StringIO):
+        reads = 0
+        def read(self, n): self.reads += 1; return super().read(n)
+    file = Counted(json.dumps({"prompt": "x" * 1_000_000}))
+    text = data.JsonPieces(file, 16)
+    text.peek()
+    assert len(text.value()["prompt"]) == 1_000_000 and file.reads < 30
+
+
 def test_our_own_training_file_can_be_read_again(here):
     "`distilled_chat/train_distilled.json` of an annotation"
     rows = [{"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": f"A{i}"}]} for i in range(9)]
@@ -587,6 +598,22 @@ def test_kept_rows_that_are_damaged_are_made_again(damage, here):
         with closing(sqlite3.connect("kept.sqlite")) as db, db:
             db.execute("update rows set split = 'train'" if damage == "a row changed" else "update facts set value = '{\"x\": 1}' where name = 'dropped'")
     with open_rows(CHAT, keep="kept.sqlite") as rows: assert {s: list(rows.rows(s)) for s in SPLITS} == want and rows.dropped == {}
+
+
+@settings(quick, max_examples=150)
+@given(st.data())
+def test_a_byte_that_was_changed_in_kept_rows_never_changes_the_rows(kept, draws):
+    file, whole, want = kept
+    at = draws.draw(st.integers(0, len(whole) - 1))
+    file.write_bytes(draws.draw(st.sampled_from([whole[:at], whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:], whole[:at] + bytes(64) + whole[at + 64:]])))
+    with open_rows(CHAT, keep=file) as rows: assert [*rows.rows()] == want and rows.dropped == {}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    file = tmp_path_factory.mktemp("kept")/"rows.sqlite"
+    with open_rows(CHAT, keep=file) as rows: want = list(rows.rows())
+    return file, file.read_bytes(), want
 
 
 def test_what_cannot_be_kept_is_said(here):
