@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARK', 'UNREADABLE', 'KEPT_FROM', 'GRAIN', 'SecretName', 'DistillError', 'nearest', 'log', 'writing', 'atomic_path',
            'write_text', 'find_nan', 'to_json', 'write_json', 'write_jsonl', 'read_json', 'read_line', 'open_text',
-           'iter_jsonl', 'read_jsonl', 'plain', 'frame_rows', 'iter_memory', 'digest', 'digest_rows', 'list_files',
+           'iter_jsonl', 'read_jsonl', 'json_value', 'frame_rows', 'iter_memory', 'digest', 'digest_rows', 'list_files',
            'sha256_file', 'file_stamp', 'file_digest', 'lock', 'platform_name', 'cache_dir', 'secret', 'hub_token',
            'package_dir', 'shipped_dir']
 
@@ -161,13 +161,13 @@ def read_jsonl(path:str|Path)->list[dict]: # as `iter_jsonl`
     return list(iter_jsonl(path))
 
 # %% ../nbs/01_core.ipynb #c018b
-def plain(
+def json_value(
     value:Any, # of a table: numbers, texts, arrays, lists and dictionaries of them
 )->Any: # as JSON would give it
     "Lists for arrays, and null for NaN"
     if hasattr(value, "tolist"): value = value.tolist()
-    if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple): return [plain(v) for v in value]
+    if isinstance(value, dict): return {str(k): json_value(v) for k, v in value.items()}
+    if isinstance(value, list | tuple): return [json_value(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 def frame_rows(frame:"pandas.DataFrame")->Iterator[dict]:
@@ -186,7 +186,7 @@ def iter_memory(
     for n, row in enumerate(frame_rows(rows) if hasattr(rows, "iloc") else rows, 1):
         if not isinstance(row, dict):
             raise DistillError(f"rows in memory, row {n}: expected a dictionary, found {type(row).__name__}")
-        yield plain(row)
+        yield json_value(row)
 
 # %% ../nbs/01_core.ipynb #c020
 def digest(

@@ -116,6 +116,18 @@ def test_a_wing_is_opened_only_by_its_own_stages_and_by_higher_wings():
     assert not wrong, wrong
 
 
+def test_a_name_means_one_thing():
+    """Modules are imported whole: of two that export one name, the later would hide the earlier."""
+    exported = {}
+    for name, (_, file) in modules().items():
+        listed = re.search(r"^__all__ = (\[.*?\])", file.read_text(encoding="utf-8"), re.S | re.M)
+        for found in ast.literal_eval(listed[1]):
+            exported.setdefault(found, []).append(name)
+    # The pipeline finds each stage's parameters under this name.
+    twice = {found: names for found, names in exported.items() if len(names) > 1 and found != "Params"}
+    assert not twice, twice
+
+
 def test_the_library_can_be_read_without_scrolling_sideways():
     long = [
         f"{file}:{number}: {len(line)}"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPENAI', 'KEYS', 'Addresses', 'OURS', 'ODD_SHAPE', 'QUOTA', 'UNSURE', 'NEVER_SENT', 'USELESS', 'IN_A_ROW', 'NO_USE',
            'plain_address', 'as_list', 'leaves_ours_alone', 'RemoteTeacher', 'ApiTeacher', 'request_body', 'Verdict',
-           'read_usage', 'whole', 'read_answer', 'problem_of', 'read_opinion', 'judge_response', 'retry_after',
+           'read_usage', 'whole', 'read_choice', 'problem_of', 'read_opinion', 'judge_response', 'retry_after',
            'judge_status', 'judge_error', 'Endpoint', 'Attempt', 'backoff', 'make_endpoint', 'Caller', 'entries_of',
            'call_all']
 
@@ -156,7 +156,7 @@ def whole(text:str)->str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # %% ../../nbs/14_teacher.api.ipynb #c011b
-def read_answer(
+def read_choice(
     response:Any, # what the client returned
     request:Request, # what was asked
     usage:Usage|None, # from `read_usage`
@@ -169,7 +169,7 @@ def read_answer(
 
 def problem_of(
     choice:Any, # of a response
-    body:dict, # from `read_answer`
+    body:dict, # from `read_choice`
     request:Request, # what was asked
 )->tuple[str, bool]: # "" where there is none; and whether another try may help
     "Why an answer cannot be used"
@@ -202,7 +202,7 @@ def judge_response(
     usage = read_usage(response, meter)
     if isinstance(response, str) or not getattr(response, "choices", None):
         return Verdict("again", "malformed response", usage)
-    choice, body = response.choices[0], read_answer(response, request, usage)
+    choice, body = response.choices[0], read_choice(response, request, usage)
     problem, try_again = problem_of(choice, body, request)
     if problem: return Verdict("again" if try_again else "answer", problem, usage, body | {"problem": problem})
     if not request.labels: return Verdict("answer", "", usage, body)
