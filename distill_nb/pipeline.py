@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['REPORTS', 'stage_folders', 'set_aside', 'arrange_folders', 'resolved', 'write_resolved', 'Tee', 'private_kernel',
            'errors_to', 'quiet_papermill', 'StageFailed', 'in_one_line', 'execute', 'stage_parameters',
-           'prepare_folder', 'run_stage', 'publish', 'summary_line', 'do_stage', 'checked_stages', 'run_recipe',
-           'show_stage', 'show_run']
+           'prepare_folder', 'run_stage', 'publish', 'summary_line', 'do_stage', 'this_machine', 'checked_stages',
+           'run_recipe', 'show_stage', 'show_run']
 
 # %% ../nbs/63_pipeline.ipynb #c003
-import contextlib, filecmp, os, re, shutil, sys, tempfile, time
+import contextlib, filecmp, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import Any
 
@@ -211,16 +211,16 @@ def publish(
     "Put a report at the top of the run"
     for name in REPORTS:
         source, target = folder/name, run_dir/name
-        if not source.exists(): continue
-        if not target.exists() or not filecmp.cmp(source, target, shallow=False): shutil.copy2(source, target)
+        if not source.exists() or target.exists() and filecmp.cmp(source, target, shallow=False): continue
+        with atomic_path(target) as t: shutil.copy2(source, t)
 
 # %% ../nbs/63_pipeline.ipynb #c047
 def summary_line(
     manifest:dict, # of a stage
 )->str: # a few numbers
     "What a stage says of itself in a line"
-    number = lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" if isinstance(v, float) else str(v)
-    return ", ".join(f"{k} {number(v)}" for k, v in manifest["summary"].items() if not k.startswith("parameters "))
+    def number(v): return f"{v:,}" if isinstance(v, int) else f"{v:.4g}" if isinstance(v, float) else str(v)
+    return ", ".join(f"{k} {number(v)}" for k, v in manifest["summary"].items())
 
 # %% ../nbs/63_pipeline.ipynb #c047c
 def do_stage(
@@ -242,6 +242,15 @@ def do_stage(
         stage.state = "done"
     with writing(run_dir): publish(run_dir/stage.folder, run_dir)
 
+# %% ../nbs/63_pipeline.ipynb #c047f
+def this_machine()->HardwarePlan:
+    "The plan of this machine, without torch in this process. Raises `DistillError` where none can be made"
+    if not gpu_build(): return plan_hardware()  # needs no torch
+    ask = "from distill_nb.hardware import plan_hardware; print(plan_hardware().model_dump_json())"
+    with quiet_papermill(): done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    if done.returncode: raise DistillError(done.stderr.strip().splitlines()[-1].split("DistillError: ")[-1])
+    return HardwarePlan.model_validate_json(done.stdout.splitlines()[-1])
+
 # %% ../nbs/63_pipeline.ipynb #c047a
 def checked_stages(
     recipe:Recipe, # from `load_recipe`
@@ -255,7 +264,7 @@ def checked_stages(
         if id and id not in ids: raise DistillError(f"--{name} {id}: no such stage{nearest(id, ids)}")
     for s in stages: make_local(s, file)
     with Opened() as opened: check_inputs(stages, file, opened)
-    take_fingerprints(stages, plan_hardware())
+    take_fingerprints(stages, this_machine())
     return stages
 
 # %% ../nbs/63_pipeline.ipynb #c047d

@@ -371,7 +371,8 @@ EDITS = {  # what is done to the package, the stages that must see it, and those
     "code of a notebook": (lambda p: edit(p, "report", code="1 + 1"), ["report"], ["annotate", *OTHERS]),
     "a comment and a docstring of a module": (lambda p: append('# more\n"more"\n')(p/"distill_nb"/"models.py"), [], IDS),
     "beam search in a module": (lambda p: append("BEAMS = 4\n")(p/"distill_nb"/"generate.py"), ["annotate", "evaluate"], []),
-    "a module behind modules": (lambda p: append("X = 1\n")(p/"distill_nb"/"core.py"), IDS, []),
+    "a module that all import": (lambda p: append("X = 1\n")(p/"distill_nb"/"core.py"), IDS, []),
+    "a module behind a module": (lambda p: append("X = 1\n")(p/"distill_nb"/"teacher"/"local.py"), ["annotate"], OTHERS),
     "a module of a wing": (lambda p: append("X = 1\n")(p/"distill_nb"/"teacher"/"prompts.py"), ["annotate"], [*OTHERS, "report"]),
     "the command line": (lambda p: append("X = 1\n")(p/"distill_nb"/"cli.py"), [], IDS),
 }
@@ -385,6 +386,16 @@ def test_a_fingerprint_sees_code_and_no_prose(change, place, package):
     act(package)
     changed = differ(before, code())
     assert set(changed) >= set(sees) and not set(changed) & set(passes_over), changed
+
+
+def test_a_gpu_is_asked_about_by_another_process(monkeypatch):
+    "torch would keep memory in the process of the run, through every stage"
+    monkeypatch.setattr(pipeline, "gpu_build", lambda: True)
+    here = plan_hardware()
+    monkeypatch.setattr(pipeline, "plan_hardware", lambda: pytest.fail("asked in this process"))
+    assert pipeline.this_machine() == here
+    monkeypatch.setenv("DISTILL_NB_DTYPE", "flaot16")
+    with pytest.raises(DistillError, match="^DISTILL_NB_DTYPE=flaot16: not a number format"): pipeline.this_machine()
 
 
 def test_the_number_format_matters_where_a_model_is_loaded(place):
