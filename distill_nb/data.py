@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['READERS', 'SPLITS', 'ALIASES', 'TASKS', 'LABELS', 'ROLES', 'SHAREGPT', 'ROW_TABLES', 'CHOICES', 'ROWS_FORMAT',
-           'kind_of', 'iter_csv', 'JsonPieces', 'iter_json', 'iter_parquet', 'hub_reachable', 'cached_hub', 'read_hub',
-           'shipped_rows', 'split_files', 'find_file', 'iter_rows', 'iter_file', 'pick', 'usual_columns',
-           'find_columns', 'text_at', 'check_message', 'check_messages', 'build_messages', 'conversation', 'row_text',
-           'group_of', 'hash_rank', 'deal_splits', 'question_key', 'unite', 'take_row', 'take_rows', 'join_repeats',
-           'refuse_repeats', 'order_rows', 'as_spec', 'data_files', 'data_name', 'data_identity', 'rows_digest',
-           'kept_stamp', 'Rows', 'fill_standing', 'repeats_allowed', 'fill_database', 'fill_file', 'open_rows',
-           'load_splits', 'check_split', 'load_split']
+           'CACHED_FROM', 'CACHED_ROWS', 'kind_of', 'iter_csv', 'JsonPieces', 'iter_json', 'iter_parquet',
+           'hub_reachable', 'cached_hub', 'read_hub', 'shipped_rows', 'split_files', 'find_file', 'iter_rows',
+           'iter_file', 'pick', 'usual_columns', 'find_columns', 'text_at', 'check_message', 'check_messages',
+           'build_messages', 'conversation', 'row_text', 'group_of', 'hash_rank', 'deal_splits', 'question_key',
+           'unite', 'take_row', 'take_rows', 'join_repeats', 'refuse_repeats', 'order_rows', 'as_spec', 'data_files',
+           'data_name', 'data_identity', 'rows_digest', 'kept_stamp', 'Rows', 'fill_standing', 'repeats_allowed',
+           'fill_database', 'fill_file', 'open_rows', 'cached_place', 'load_splits', 'check_split', 'load_split']
 
 # %% ../nbs/04_data.ipynb #c003
 import csv, hashlib, itertools, json, math, os, re, sqlite3
@@ -366,7 +366,8 @@ def hash_rank(
     place:str="", # file and row, for the error
 )->tuple[str, str]: # hash of the group, and of the row
     "Where a row stands in the order"
-    return digest([seed, group_of(row, group, place)]), digest([seed, row["id"]])
+    own = digest([seed, row["id"]])
+    return own if group is None else digest([seed, group_of(row, group, place)]), own
 
 # %% ../nbs/04_data.ipynb #c025
 def deal_splits(
@@ -393,8 +394,9 @@ def question_key(
 )->str: # equal for conversations that ask the same thing
     "What is asked, without what tells two spellings of it apart"
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    turns = [(m["role"], " ".join(m["content"].split()).casefold()) for m in asked if m["role"] != "system"]
-    return digest(turns)[:32]
+    turns = ((m["role"], " ".join(m["content"].split())) for m in asked if m["role"] != "system")
+    text = "\n".join(f"{role}: {content.casefold()}" for role, content in turns)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 def unite(
     pairs:Iterable[tuple[str, str]], # things that belong together
@@ -416,7 +418,6 @@ ROW_TABLES = """
 create table raw (split text, id text, a text, b text, same text, answered int, bytes int, row text,
                   primary key (split, id));
 create table rows (n integer primary key, id text, split text, answered int, bytes int, row text);
-create index by_split on rows (split);
 create table facts (name text primary key, value text);
 """
 
@@ -504,9 +505,9 @@ def order_rows(
     for_groups, for_rows = itertools.tee(chosen)  # read side by side: neither is ever far ahead
     groups = (a for a, *_ in for_groups)
     splits = (SPLITS[int(a)] for a in groups) if standing else deal_splits(groups, total, spec)
-    for n, (split, (_, id, *rest)) in enumerate(zip(splits, for_rows), 1):
-        db.execute("insert into rows values (?, ?, ?, ?, ?, ?)", [n, id, split, *rest])
-    db.execute("drop table raw")
+    numbered = ((n, id, split, *rest) for n, (split, (_, id, *rest)) in enumerate(zip(splits, for_rows), 1))
+    db.executemany("insert into rows values (?, ?, ?, ?, ?, ?)", numbered)
+    db.executescript("create index by_split on rows (split); drop table raw")
 
 # %% ../nbs/04_data.ipynb #c030a
 def as_spec(
@@ -624,7 +625,8 @@ def fill_database(
     stamp:str="", # what they depend on, where the database is kept
 ):
     "Read everything into a database. Raises `DistillError` for what cannot be used"
-    db.executescript("pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -8000;" + ROW_TABLES)
+    db.executescript("pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -8000")
+    db.executescript(ROW_TABLES)
     standing = split_files(spec.path) if spec.rows is None else {}
     if standing: dropped = fill_standing(db, spec, task, standing)
     else:
@@ -639,7 +641,9 @@ def fill_file(path:str|Path, spec:DataSpec, task:Task, stamp:str):
     "Make a database in a file; what is there is replaced once the new one is whole"
     with atomic_path(path) as work:
         db = sqlite3.connect(work)
-        try: fill_database(db, spec, task, stamp)
+        try:
+            fill_database(db, spec, task, stamp)
+            db.execute("vacuum")  # gives back the room that `raw` took
         finally: db.close()
 
 # %% ../nbs/04_data.ipynb #c028d
@@ -662,6 +666,25 @@ def open_rows(
         what = keep or "the temporary database of rows"
         raise DistillError(f"{what}: cannot be written: {e}; is the disk full?") from e
     return Rows(db, data_name(spec), data_files(spec))
+
+# %% ../nbs/04_data.ipynb #c028g
+CACHED_FROM = 2**20  # bytes from which reading takes longer than looking into the cache; packed, they are many rows
+CACHED_ROWS = 4  # databases that are left in the cache
+
+def cached_place(
+    data:Any, # as for `open_rows`
+    task:Task="chat", # what the rows are for
+)->Path|None: # None for rows that are read in a moment, or may change, or where the cache cannot be written
+    "Where the rows of a large file are kept from one command to the next; `open_rows` takes it as `keep`"
+    if sum(file.stat().st_size for file in data_files(data)) < CACHED_FROM: return None
+    place = cache_dir()/"rows"/f"{digest([ROWS_FORMAT, task, data_identity(data)])[:16]}.sqlite"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        others = set(place.parent.glob("*.sqlite")) - {place}
+        oldest_last = sorted(others, key=lambda file: file.stat().st_mtime, reverse=True)
+        for old in oldest_last[CACHED_ROWS - 1:]: old.unlink()
+    except OSError: return None
+    return place if os.access(place.parent, os.W_OK) else None
 
 # %% ../nbs/04_data.ipynb #c029a
 @patch

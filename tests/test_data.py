@@ -577,6 +577,31 @@ def test_the_identity_of_data_is_their_content_and_what_is_done_with_it(here):
     assert len({core.digest(i) for i in identities}) == len(identities) and json.loads(json.dumps(identities)) == identities
 
 
+def test_a_large_file_is_read_once_and_the_newest_few_are_kept(here, monkeypatch):
+    "As a plan opens them: the second time, nothing but what is kept is read"
+    monkeypatch.setenv("DISTILL_NB_CACHE", str(here/"cache"))
+    monkeypatch.setattr(data, "CACHED_FROM", 100)
+    for source in ([{"prompt": "x"}], "org/name"): assert data.cached_place(source) is None
+    for n in range(7):
+        write_kind(here, f"{n}.jsonl", CHAT[n % 5:])
+        open_rows(f"{n}.jsonl", keep=data.cached_place(f"{n}.jsonl")).close()
+    kept = list((here/"cache"/"rows").iterdir())
+    assert len(kept) == data.CACHED_ROWS and data.cached_place("6.jsonl") == data.cached_place("1.jsonl") in kept
+    assert data.cached_place("6.jsonl", "classify") not in kept
+    monkeypatch.setattr(data, "fill_database", None)
+    with open_rows("6.jsonl", keep=data.cached_place("6.jsonl")) as rows: assert sum(rows.counts.values()) == 11
+    monkeypatch.setattr(data, "CACHED_FROM", 10_000)
+    assert data.cached_place("6.jsonl") is None
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(here, monkeypatch):
+    (here/"file").write_text("")
+    monkeypatch.setenv("DISTILL_NB_CACHE", str(here/"file"))
+    monkeypatch.setattr(data, "CACHED_FROM", 100)
+    write_kind(here, "rows.jsonl")
+    assert data.cached_place("rows.jsonl") is None
+
+
 def test_rows_of_a_hub_are_read_again_unless_their_commit_is_named(here, monkeypatch):
     asked = []
     monkeypatch.setattr(data, "read_hub", lambda spec: (asked.append(spec.path), iter(CHAT))[1])

@@ -337,7 +337,7 @@ def rows_of(
     key = digest([task, as_spec(data).model_dump()])
     if key not in opened:
         opened[key] = None
-        opened[key] = open_rows(data, task)
+        opened[key] = open_rows(data, task, cached_place(data, task))
     return opened[key]
 
 def rows_for(
