@@ -63,10 +63,11 @@ def stage_code(
     cells = [c for c in read_json(notebook)["cells"] if c["cell_type"] == "code"]
     return "\n".join("".join(c["source"]) for c in cells if "parameters" not in c["metadata"].get("tags", []))
 
+@functools.cache
 def imports_in(
     text:str, # Python
     package:tuple[str, ...]=(), # the package that it belongs to, below this one: `("run",)` for `run.plan`
-)->set[str]: # such as `core` and `run.plan`; some may be names in a module instead
+)->frozenset[str]: # such as `core` and `run.plan`; some may be names in a module instead
     "Which modules of this package it imports, anywhere in it"
     found = set()
     for node in ast.walk(parse_code(text) or ast.Module([], [])):
@@ -75,7 +76,7 @@ def imports_in(
         base = ["distill_nb", *package[:len(package) + 1 - node.level]] if node.level else []
         name = ".".join([*base, *([node.module] if node.module else [])])
         found |= {name, *(f"{name}.{a.name}" for a in node.names)}
-    return {n.removeprefix("distill_nb.") for n in found if n.startswith("distill_nb.")}
+    return frozenset(n.removeprefix("distill_nb.") for n in found if n.startswith("distill_nb."))
 
 # %% ../../nbs/62_run.plan.ipynb #c031b
 def code_behind(
@@ -83,7 +84,7 @@ def code_behind(
 )->dict[str, str]: # module ("" for the notebook itself): digest of its code
     "All code of this package that a stage runs"
     own = stage_code(notebook)
-    found, todo = {"": code_digest(own)}, imports_in(own)
+    found, todo = {"": code_digest(own)}, {*imports_in(own)}
     while todo:
         name = todo.pop()
         file = package_dir().joinpath(*name.split(".")).with_suffix(".py")
