@@ -388,10 +388,12 @@ def test_lora_adapts_the_experts_of_a_mixture():
 def test_a_second_plan_imports_neither_transformers_nor_torch(made, adapter, cache):
     specs = [spec(made("gemma2"), layers=1), spec(made("t5")), spec(adapter), ModelSpec(name="smollm2-135m-instruct", layers=22)]
     first = [check_model(s, families=("causal", "seq2seq")) for s in specs]
-    code = ("import json, sys; from distill_nb.models import *; from distill_nb.stage import ModelSpec; from distill_nb.hardware import plan_hardware;"
+    code = ("import json, sys; from distill_nb.models import *; from distill_nb.stage import ModelSpec;"
+            "from distill_nb.hardware import plan_hardware;"
             "specs = [ModelSpec(**s) for s in json.loads(sys.argv[1])]; plan = plan_hardware('t4');"
             "found = [check_model(s, max_length=64, families=('causal', 'seq2seq')) for s in specs];"
-            "need = [(training_memory(p, plan, 2, 64, 8), inference_memory(p, plan, 2, 64), likelihood_memory(p, plan, 2, 64)) for p in found];"
+            "need = [(training_memory(p, plan, 2, 64, 8), inference_memory(p, plan, 2, 64), likelihood_memory(p, plan, 2, 64))"
+            " for p in found];"
             "print(json.dumps([[p.model_dump() for p in found], [m for m in ('torch', 'transformers', 'peft') if m in sys.modules]]))")
     done = subprocess.run([sys.executable, "-c", code, json.dumps([s.model_dump() for s in specs])], text=True, capture_output=True, timeout=120,
                           env=environment({"DISTILL_NB_CACHE": str(cache)}))
@@ -420,11 +422,12 @@ def test_a_profile_counts_the_layers_that_stay(made):
 @pytest.mark.parametrize("kind", [k for k in (*DECODERS, "t5")])
 def test_a_profile_knows_how_large_the_cache_gets(made, kind):
     "Against a cache that a model has filled"
-    model, length = load(made(kind)).model, 7
+    model, length, known = load(made(kind)).model, 7, profile(spec(made(kind)))
     ids = torch.ones(2, length, dtype=torch.long)
     with torch.inference_mode(): out = model(input_ids=ids, use_cache=True, **({"decoder_input_ids": ids} if kind == "t5" else {}))
     layers = getattr(out.past_key_values, "self_attention_cache", out.past_key_values).layers
-    assert sum(layer.keys.numel() + layer.values.numel() for layer in layers) == 2 * length * (profile(spec(made(kind))).cache + profile(spec(made(kind))).windowed)
+    filled = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
+    assert filled == 2 * length * (known.cache + known.windowed)
 
 
 def test_a_profile_is_made_again_when_its_files_change(copied):
@@ -436,7 +439,12 @@ def test_a_profile_is_made_again_when_its_files_change(copied):
     assert after.parameters < before.parameters and after.roles == []
 
 
-@pytest.mark.parametrize("spoil", [lambda f: f.write_text("{torn"), lambda f: f.unlink(), lambda f: (f.unlink(), f.mkdir())], ids=["torn", "gone", "unreadable"])
+def tear(file): file.write_text("{torn")
+def remove(file): file.unlink()
+def make_unreadable(file): file.unlink() or file.mkdir()
+
+
+@pytest.mark.parametrize("spoil", [tear, remove, make_unreadable], ids=lambda f: f.__name__)
 def test_a_spoilt_cache_costs_time_only(made, cache, monkeypatch, spoil):
     monkeypatch.setattr(models, "_PROFILES", {})
     before = profile(spec(made("phi3")))
@@ -534,7 +542,8 @@ def test_a_good_model_passes(made, kind, options):
 
 @pytest.mark.parametrize("name, said", [
     ("gpt2", "on the hub it is openai-community/gpt2"), ("bert-base-uncased", "google-bert/bert-base-uncased"), ("t5-small", "google-t5/t5-small"),
-    ("mistral-7b", "of a hub model, write its owner/name"), ("smollm2-135m-instrukt", "did you mean 'smollm2-135m-instruct'"), ("./gone", "./gone: no model there"),
+    ("mistral-7b", "of a hub model, write its owner/name"), ("smollm2-135m-instrukt", "did you mean 'smollm2-135m-instruct'"),
+    ("./gone", "./gone: no model there"),
 ])
 def test_a_name_that_finds_nothing_comes_with_what_to_write(name, said):
     with pytest.raises(DistillError, match=said): check_model(ModelSpec(name=name))
