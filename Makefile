@@ -41,7 +41,7 @@ quickstart: $(STAMP)  ## distil a small model on this machine, from nbs/recipes/
 	$(BIN)/distill-nb run quickstart
 
 # Each notebook in a process of its own: Unsloth patches transformers for all that follows it. JOBS of them at a time, and
-# as many workers for tests/, a file of tests on one of them. One thread each: two that wait for each other on a busy machine
+# as many workers for tests/, a file of tests on one of them, the longest first. One thread each: two that wait for each other on a busy machine
 # are many times slower. Offline, because a test that needs the network is not a test of this code. tests/test_house.py
 # checks exports, README and clean notebooks.
 JOBS ?= 2
@@ -50,7 +50,7 @@ test: export OMP_NUM_THREADS := 1
 test: $(STAMP)  ## run every notebook, then tests/
 	@printf '%s\n' nbs/[0-9]*.ipynb | xargs -P $(JOBS) -I {} sh -c \
 	  '$(BIN)/nbdev_test --n_workers 0 --path {} >$(VENV)/$$$$.log 2>&1 || { cat $(VENV)/$$$$.log; echo "FAILED: {}"; exit 255; }; rm $(VENV)/$$$$.log; echo {}'
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests/test_run.py tests
 
 export: $(STAMP)  ## notebooks -> distill_nb/
 	$(BIN)/nbdev_export
