@@ -432,7 +432,7 @@ def test_models_in_a_list_are_checked_seen_and_pointed_at(place):
         check.check_inputs(stages_in(place, "own.models=[./nowhere]"), "recipe.yaml", opened)
 
 
-def test_everything_is_looked_at_once_a_run(work, place, monkeypatch, tmp_path):
+def test_everything_is_looked_at_once_a_run(work, monkeypatch):
     "Fingerprints are taken once a stage, a file is hashed once, a notebook parsed to find the stages and once for its code"
     counts, parts, hash_file, read = Counter(), plan.fingerprint_parts, core.sha256_file, check.read_json
     def fingerprint_parts(stage, *args):
@@ -449,7 +449,6 @@ def test_everything_is_looked_at_once_a_run(work, place, monkeypatch, tmp_path):
     monkeypatch.setattr(check, "read_json", read_json)
     monkeypatch.setattr(plan, "read_json", read_json)
     monkeypatch.setattr(core, "_DIGESTS", {})
-    monkeypatch.setenv("DISTILL_NB_CACHE", str(tmp_path/"cache"))
     pipeline.run_recipe(*load_recipe(str(work.folder/"recipe.yaml")), work.run)
     assert {i: counts["fingerprint", i] for i in IDS} == dict.fromkeys(IDS, 1)
     hashed = {path: n for (what, path), n in counts.items() if what == "hash"}
@@ -580,7 +579,10 @@ def test_annotation_goes_on_after_every_kind_of_kill_and_after_a_failure(tmp_pat
             assert "another process" in second.err and len(second.err.splitlines()) == 1, second.err
         run.wait_for(lambda: re.search(r"teacher: \d+ of \d+ answers, ", run.out), "the first answer")
         for p in end(run, way): wait_gone(p)
-        if paid: assert heads(run.out) == [("annotate", "resume")] and f"{known} of 24 answers are in the journal already" in run.out
+        if paid:
+            assert heads(run.out) == [("annotate", "resume")]
+            said = int(re.search(r"(\d+) of 24 answers are in the journal already", run.out)[1])
+            assert known <= said <= known + 1, "an answer may be written, and not yet seen by who only reads, when the kill comes"
         now = answers_in(journal)
         assert known < len(now) < 24, f"{len(now)} answers: the kill came too early or too late to show anything"
         assert {k: now[k] for k in paid} == paid
@@ -607,16 +609,13 @@ def test_training_on_own_labels_goes_on_after_a_kill(tmp_path, model, started, d
               "stages": [{"sft": {"id": "student", "model": str(model), **TRAINING, "max_steps": 30}}]}
     (tmp_path/"recipe.yaml").write_text(yaml.safe_dump(recipe))
     student = tmp_path/"runs"/"labels"/"01-student"
-    steps = lambda: {int(p.parent.name.split("-")[1]) for p in student.glob("checkpoints/checkpoint-*/complete")}
-    at = 0
-    for way in ("only distill-nb killed", "everything killed"):
-        run = started("run", "recipe.yaml")
-        run.wait_for(lambda: max(steps(), default=0) > at, "a whole checkpoint")
-        for p in end(run, way): wait_gone(p)
-        assert not (student/"manifest.json").exists() and not (student/"adapter").exists()
-        if at: assert heads(run.out) == [("student", "resume")] and "goes on from checkpoint-" in run.out
-        at = max(steps())
+    def steps(): return {int(p.parent.name.split("-")[1]) for p in student.glob("checkpoints/checkpoint-*/complete")}
+    run = started("run", "recipe.yaml")
+    run.wait_for(steps, "a whole checkpoint")
+    run.kill_all()
+    at = max(steps())
     assert at < 29, "the kill came too late to show anything"
+    assert not (student/"manifest.json").exists() and not (student/"adapter").exists()
     torn = student/"checkpoints"/"checkpoint-29"  # as a kill in the middle of a checkpoint leaves it
     torn.mkdir(exist_ok=True)
     (torn/"trainer_state.json").write_text("{")
