@@ -16,7 +16,7 @@ from distill_nb import cli, core, generate, models, pipeline, stage as stages_
 from distill_nb.core import DistillError
 from distill_nb.stage import DataSpec
 
-from conftest import command_line, prompts, write_recipe, write_rows
+from conftest import command_line, own_recipe, prompts, write_notebook, write_recipe, write_rows
 
 quick = settings(max_examples=150, deadline=None)  # a busy machine has no say in what is right
 
@@ -332,6 +332,25 @@ def test_a_table_is_taken_over_from_an_earlier_stage_and_data_from_the_recipe(he
     *_, evaluate, _, again = pipeline.check_recipe(loaded, file)
     assert again.params.models == evaluate.params.models and len(again.params.models) == 2
     assert again.params.data == loaded.data and evaluate.params.data == "@annotate"
+
+
+@pytest.mark.parametrize("code, said", [
+    ("#| export\n1 / 0", "own.ipynb: its exported cells fail: ZeroDivisionError: division by zero"),
+    ("class Params: pass", "own.ipynb: no cell that begins with `#| export` defines a class Params"),
+    ("#| export\nclass Params: pass", "own.ipynb: no cell that begins with `#| export` defines a class Params"),
+])
+def test_a_stage_of_ones_own_that_is_none(code, said, here, capsys, monkeypatch):
+    own_recipe(here, "own")
+    write_notebook(here/"own.ipynb", "out: str = ''  # folder", code)
+    line, = refused(capsys, monkeypatch, here, "run", "recipe.yaml")
+    assert said in line
+
+
+def test_a_notebook_beside_the_recipe_is_no_stage_without_parameters(here, capsys, monkeypatch):
+    file = own_recipe(here, "own")
+    file.with_name("own.ipynb").write_text(json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    line, = refused(capsys, monkeypatch, here, "run", "recipe.yaml")
+    assert "stage 1: own: unknown stage" in line
 
 
 def test_a_tilde_is_the_home_folder(here, model, monkeypatch):

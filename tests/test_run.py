@@ -503,6 +503,12 @@ def test_an_output_descends_from_what_the_stage_says(case):
     assert str(plan.origin(spec, stages)) == expected
 
 
+def test_a_stage_that_does_not_say_what_its_model_descends_from_is_told_so():
+    stages = chain("org/small")
+    stages[0].params.__class__ = type("Silent", (TwoModels,), {"descends": ""})
+    with pytest.raises(DistillError, match="^@s0: its class of parameters does not say"): plan.origin(ModelSpec(name="@s0"), stages)
+
+
 def test_a_plan_counts_rows_as_long_as_they_are(place):
     "Not at max_length: 401 GiB were planned for rows of 45 tokens"
     def peak(*sets): return plan.plan_recipe(*load_recipe(str(place/"recipe.yaml"), sets), place/"runs", "t4")[1][1]["peak"]

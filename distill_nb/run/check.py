@@ -58,9 +58,11 @@ def params_class(
     shipped = notebook is None or notebook.parent == shipped_dir()
     if shipped: return importlib.import_module(f"distill_nb.{kind}").Params
     names = {"__name__": kind}
-    exec(compile(exported_code(notebook), str(notebook), "exec"), names)
-    if "Params" in names: return names["Params"]
-    raise DistillError(f"{notebook}: no cell that begins with `#| export` defines the class Params")
+    try: exec(compile(exported_code(notebook), str(notebook), "exec"), names)
+    except Exception as e: raise DistillError(f"{notebook}: its exported cells fail: {type(e).__name__}: {e}") from e
+    cls = names.get("Params")
+    if isinstance(cls, type) and issubclass(cls, StageParams): return cls
+    raise DistillError(f"{notebook}: no cell that begins with `#| export` defines a class Params(StageParams)")
 
 # %% ../../nbs/61_run.check.ipynb #c017
 @dataclass

@@ -271,6 +271,8 @@ def origin(
     "The model that a stage's output descends from; an adapter's base is loaded as trained, or as the spec says"
     if not spec.name.startswith("@"): return spec
     params = next(s for s in stages if s.id == spec.name[1:]).params
+    if not params.descends:
+        raise DistillError(f"{spec.name}: its class of parameters does not say what it `descends` from")
     base = origin(getattr(params, params.descends), stages)
     quantize = spec.quantize or (base.quantize if "adapter" in params.makes() else None)
     return base.model_copy(update={"layers": kept_layers(base, spec), "quantize": quantize})
