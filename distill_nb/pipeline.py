@@ -199,6 +199,7 @@ def run_stage(
     if not (folder/"manifest.pending.json").exists():
         raise StageFailed(f"stage {stage.id!r} stopped: its notebook ended without a manifest ({folder})")
     os.replace(folder/"manifest.pending.json", folder/"manifest.json")
+    clear_scratch(folder)
     return read_json(folder/"manifest.json")
 
 # %% ../nbs/63_pipeline.ipynb #c046
@@ -232,7 +233,9 @@ def do_stage(
     "See that a stage is done, and say so"
     decide(stage, depends_on(stage, stages[:stage.index - 1]), run_dir, redo)
     head = f"[{stage.index}/{len(stages)}] {stage.id} ({stage.kind}):"
-    if stage.state == "reuse": print(f"{head} reused, {stage.why}", flush=True)
+    if stage.state == "reuse":
+        print(f"{head} reused, {stage.why}", flush=True)
+        clear_scratch(run_dir/stage.folder)  # a kill may have come before it
     else:
         doing = f"resume (was paused: {stage.why})" if stage.state == "paused" else f"{stage.state} ({stage.why})"
         print(f"{head} {doing}", flush=True)

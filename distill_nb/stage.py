@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Task', 'KINDS', 'ModelRef', 'AdapterRef', 'DataRef', 'PACKAGES', 'SIDE_FILES', 'Strict', 'DataSpec', 'ModelSpec',
            'Ref', 'TeacherSpec', 'StageParams', 'check', 'clear_stage', 'read_state', 'open_stage', 'StagePaused',
-           'pause_stage', 'package_versions', 'describe_files', 'finish_stage']
+           'pause_stage', 'package_versions', 'describe_files', 'clear_scratch', 'finish_stage']
 
 # %% ../nbs/02_stage.ipynb #h003
 import contextlib, platform, re, shutil, time, uuid
@@ -279,6 +279,12 @@ def describe_files(
 # %% ../nbs/02_stage.ipynb #c039
 SIDE_FILES = ("notebook.ipynb", "stage.log", "stage.json", "manifest.json", "manifest.pending.json", "checkpoints")
 
+def clear_scratch(
+    out:str|Path, # a stage's folder
+):
+    "Remove a stage's checkpoints once its manifest is in place: until then, it would go on from them"
+    if (Path(out)/"manifest.json").exists(): shutil.rmtree(Path(out)/"checkpoints", ignore_errors=True)
+
 def finish_stage(
     params:StageParams, # the stage's parameters
     hardware:dict|None=None, # the plan it ran under
@@ -296,4 +302,5 @@ def finish_stage(
                 "outputs": describe_files(outputs, out), "packages": package_versions(), "hardware": hardware or {},
                 "start": state["started"], "end": time.time()}
     write_json(out/("manifest.pending.json" if state["fingerprint"] else "manifest.json"), manifest)
+    clear_scratch(out)
     return manifest
