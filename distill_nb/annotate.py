@@ -286,6 +286,7 @@ def check_failures(
     raise DistillError(f"{len(failures)} of {total} calls failed, more than max_failed: {max_failed:g} allows: "
                        f"{reasons}; the same command asks them again")
 
+# %% ../nbs/20_annotate.ipynb #c025a
 def ask_all(
     job:Job, # teacher, caps
     journal:Journal, # where answers are kept
@@ -424,7 +425,7 @@ class RowFiles:
         if self.table: self.table(label_row(self.job, row, answer))
         elif split == "train": self.array({"messages": student["messages"]})
 
-# %% ../nbs/20_annotate.ipynb #c035a
+# %% ../nbs/20_annotate.ipynb #c035c
 def check_splits(
     wanted:dict[str, int], # rows that each split had
     counts:dict[str, int], # rows that were written
@@ -438,6 +439,7 @@ def check_splits(
         raise DistillError(f"no usable {what} is left for {split}: {dict(dropped)}; "
                            f"raise max_new_tokens, or {advice}")
 
+# %% ../nbs/20_annotate.ipynb #c035a
 def write_rows(
     job:Job, # what was asked
     rows:Rows, # open, their keys noted

@@ -97,6 +97,7 @@ class ApiTeacher(RemoteTeacher):
 
     def __str__(self): return f"{self.api} at {', '.join(self.address)}"
 
+# %% ../../nbs/14_teacher.api.ipynb #c005a
 @patch
 def secret_name(self:ApiTeacher, address:str)->str|None:
     "The environment variable with the key for an address; the key of a provider is sent to nobody else"
@@ -442,6 +443,7 @@ def _down(self:Caller, a:Attempt, verdict:Verdict):
     if all(e.down >= self.teacher.tries for e in self.endpoints): self._stop(verdict.reason)
     else: self._later(a, 0)
 
+# %% ../../nbs/14_teacher.api.ipynb #c022e
 @patch
 def _again(self:Caller, a:Attempt, verdict:Verdict):
     wait = verdict.wait or 0

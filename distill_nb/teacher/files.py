@@ -79,7 +79,8 @@ def any_answer_has(
     field:str, # such as probabilities
 )->bool:
     "Whether any row's answer has a field that is not null"
-    query = f"select 1 from calls join {ANSWERS} a on a.id = calls.key where json_extract(body, ?) is not null limit 1"
+    known = "json_extract(body, ?) is not null"
+    query = f"select 1 from calls join {ANSWERS} a on a.id = calls.key where {known} limit 1"
     with attached(rows, journal) as db: return bool(db.execute(query, [f"$.{field}"]).fetchall())
 
 # %% ../../nbs/18_teacher.files.ipynb #c003b

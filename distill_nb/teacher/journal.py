@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FIELDS', 'SHARD', 'ENTRIES', 'PENDING', 'SCHEMA', 'VALUES', 'INSERT', 'NOT_DAMAGE', 'Usage', 'entry', 'check_line',
            'shard_files', 'write_shard', 'whole_lines', 'read_shard', 'put_aside', 'next_number', 'make_repository',
-           'Copies', 'entry_sum', 'check_database', 'open_database', 'Journal', 'decoded', 'rows_from_both_ends',
-           'is_entry', 'is_pending', 'salvage', 'begin', 'end', 'error_of']
+           'Copies', 'entry_sum', 'check_database', 'open_database', 'decoded', 'rows_from_both_ends', 'is_entry',
+           'is_pending', 'salvage', 'explained', 'open_or_rescue', 'take_in', 'restore', 'begin', 'end', 'count_lost',
+           'Journal', 'error_of']
 
 # %% ../../nbs/10_teacher.journal.ipynb #c002
 import asyncio, contextlib, json, os, re, sqlite3, threading, time, uuid, zlib
@@ -210,83 +211,6 @@ def open_database(
     check_database(db)
     return db
 
-# %% ../../nbs/10_teacher.journal.ipynb #c018
-class Journal:
-    "What was paid for, on disk before it is used"
-    def __init__(self,
-        path:str|Path, # `journal.sqlite`; shards go to `shards/` beside it
-        sync_to:str|None=None, # a second place for shards
-        shard_rows:int=500, # entries a shard
-    ):
-        self.path, self.shard_rows = Path(path), shard_rows
-        self.folder = self.path.parent/"shards"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.guard = lock(self.path.with_name(f".{self.path.name}.lock"), str(self.path))
-        self.copier, self.unsynced, self.db = ThreadPoolExecutor(1), "", None
-        self.busy, self.waiting = threading.RLock(), []
-        try:
-            self.copies = Copies(sync_to) if sync_to else None
-            self.db = self._open()
-            with self._explained("opened"):
-                self._restore()
-                self._count_lost()
-        except BaseException:
-            self._let_go()
-            raise
-
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
-
-# %% ../../nbs/10_teacher.journal.ipynb #c018a
-@patch
-def _let_go(self:Journal):
-    self.copier.shutdown()
-    if self.db: self.db.close()
-    self.guard.release()
-
-@patch
-def close(self:Journal):
-    "Write what is left into a shard, copy it, and let go of the file"
-    try:
-        self.export()
-        if self.copies: self.copier.submit(self._send).result()
-        if self.unsynced: log(f"journal: the copy at the second place is not complete: {self.unsynced}")
-    finally: self._let_go()
-
-@patch
-@contextlib.contextmanager
-def _explained(self:Journal, what:str):
-    "Turn what SQLite raises into a sentence"
-    try: yield
-    except (sqlite3.Error, UnicodeEncodeError) as e:
-        raise DistillError(f"{self.path}: cannot be {what}: {e}; what it holds is safe") from e
-
-# %% ../../nbs/10_teacher.journal.ipynb #c031
-@patch
-def export(self:Journal):
-    "Write the entries that are in no shard into the next one"
-    with self.busy:
-        rows = self.db.execute(f"select {', '.join(FIELDS)} from entries where shard is null order by n").fetchall()
-        if not rows: return
-        name = f"shard-{next_number(shard_files(self.folder)):05d}-{digest(rows)[:8]}.jsonl"
-        write_shard(self.folder/name, rows)
-        with self._explained("written"), self.db:
-            self.db.executemany("update entries set shard = ? where id = ?", [(name, r[0]) for r in rows])
-            self.db.execute("insert into shards values (?)", [name])
-    if self.copies: self.copier.submit(self._send)
-
-@patch
-def _export_if_full(self:Journal):
-    with self._explained("read"), self.busy:
-        query = "select count(*) from (select 1 from entries where shard is null limit ?)"
-        new = self.db.execute(query, [self.shard_rows]).fetchone()[0]
-    if new >= self.shard_rows: self.export()
-
-@patch
-def _send(self:Journal):
-    try: self.copies.send(self.folder); self.unsynced = ""
-    except Exception as e: self.unsynced = f"{type(e).__name__}: {e}"  # each file system raises its own; tried again
-
 # %% ../../nbs/10_teacher.journal.ipynb #c027
 def decoded(row:tuple)->tuple|None: # None where a text is none
     "Bytes as text"
@@ -329,57 +253,74 @@ def salvage(
 NOT_DAMAGE = {sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM,
               sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}
 
-@patch
-def _open(self:Journal)->sqlite3.Connection:
-    files = [Path(f"{self.path}{end}") for end in ("", "-wal", "-shm")]
+@contextlib.contextmanager
+def explained(
+    path:Path, # the journal's file
+    what:str, # opened, read or written
+):
+    "Turn what SQLite raises into a sentence"
+    try: yield
+    except (sqlite3.Error, UnicodeEncodeError) as e:
+        raise DistillError(f"{path}: cannot be {what}: {e}; what it holds is safe") from e
+
+def open_or_rescue(
+    path:Path, # the journal's file
+)->sqlite3.Connection:
+    "Open a journal, and make a new one of what a damaged one still holds. Raises `DistillError`"
+    files = [Path(f"{path}{end}") for end in ("", "-wal", "-shm")]
     size = lambda f: f.stat().st_size if f.exists() else 0
     try:  # SQLite would delete a log that has no main file
-        if size(files[0]) >= 512 or not size(files[1]): return open_database(self.path)
+        if size(files[0]) >= 512 or not size(files[1]): return open_database(path)
     except (sqlite3.DatabaseError, UnicodeDecodeError) as e:
         no_fault_of_the_file = getattr(e, "sqlite_errorcode", 0) & 0xff in NOT_DAMAGE
-        if no_fault_of_the_file or not os.access(self.path, os.W_OK):
-            raise DistillError(f"{self.path}: the journal cannot be opened: {e}") from e
+        if no_fault_of_the_file or not os.access(path, os.W_OK):
+            raise DistillError(f"{path}: the journal cannot be opened: {e}") from e
     aside = put_aside(*files)
-    with self._explained("opened"):
-        db, (entries, pending) = open_database(self.path), salvage(aside)
+    with explained(path, "opened"):
+        db, (entries, pending) = open_database(path), salvage(aside)
         with db:
             db.executemany(INSERT, entries)
             db.executemany("insert or ignore into pending values (?, ?, ?, ?, ?)", pending)
-    log(f"journal: {self.path.name} was damaged and is kept as broken/{aside.name}; "
-        f"{len(entries)} entries were read from it")
+    kept = f"is kept as broken/{aside.name}; {len(entries)} entries were read from it"
+    log(f"journal: {path.name} was damaged and {kept}")
     return db
 
 # %% ../../nbs/10_teacher.journal.ipynb #c029
-@patch
-def _restore(self:Journal):
-    if self.copies: self.copies.bring(self.folder)
-    known, files = {name for name, in self.db.execute("select name from shards")}, shard_files(self.folder)
-    with self.db:
-        gone = known - {f.name for f in files}
-        self.db.executemany("delete from shards where name = ?", [(name,) for name in gone])
-        unknown = "shard is not null and shard not in (select name from shards)"
-        self.db.execute(f"update entries set shard = null where {unknown}")
-    for file in files:
-        if file.name not in known: self._take_in(file)
-
-@patch
-def _take_in(self:Journal, file:Path):
+def take_in(
+    db:sqlite3.Connection, # a journal's
+    file:Path, # a shard
+):
+    "Enter what a shard holds and the database does not"
     entries, problem = read_shard(file)
     if problem: log(f"journal: {problem}")
-    with self.db:
-        before = self.db.total_changes
-        self.db.executemany(INSERT, entries)
-        new = self.db.total_changes - before
-        self.db.executemany("update entries set shard = ? where id = ?", [(file.name, e[0]) for e in entries])
-        self.db.execute("insert into shards values (?)", [file.name])
-    if new: log(f"journal: {new} entries restored from {file.name}")
+    with db:
+        before = db.total_changes
+        db.executemany(INSERT, entries)
+        new = db.total_changes - before
+        db.executemany("update entries set shard = ? where id = ?", [(file.name, e[0]) for e in entries])
+        db.execute("insert into shards values (?)", [file.name])
+    if new: log(f"journal: entries restored from {file.name}: {new}")
+
+def restore(
+    db:sqlite3.Connection, # a journal's
+    folder:Path, # of its shards
+):
+    "Let database and shards know of each other"
+    known, files = {name for name, in db.execute("select name from shards")}, shard_files(folder)
+    with db:
+        gone = known - {f.name for f in files}
+        db.executemany("delete from shards where name = ?", [(name,) for name in gone])
+        unknown = "shard is not null and shard not in (select name from shards)"
+        db.execute(f"update entries set shard = null where {unknown}")
+    for file in files:
+        if file.name not in known: take_in(db, file)
 
 # %% ../../nbs/10_teacher.journal.ipynb #c029b
 def begin(
     id:str, # of this attempt
     key:str, # of the call
     worst:Usage, # what it can cost at most
-)->tuple: # an operation
+)->tuple: # an operation: SQL, and its values
     "Note that a call is about to go out"
     values = [id, key, worst.prompt_tokens, worst.completion_tokens, worst.cost]
     return "insert into pending values (?, ?, ?, ?, ?)", values
@@ -388,21 +329,91 @@ def end(id:str)->tuple: # an operation
     "Note that a call is over"
     return "delete from pending where id = ?", [id]
 
-@patch
-def _count_lost(self:Journal):
-    left = self.db.execute("select key, prompt_tokens, completion_tokens, cost from pending").fetchall()
+def count_lost(
+    db:sqlite3.Connection, # a journal's, just opened
+):
+    "Count what was in flight at its worst case"
+    left = db.execute("select key, prompt_tokens, completion_tokens, cost from pending").fetchall()
     if not left: return
     why = {"reason": "in flight when an earlier run ended"}
-    with self.db:
-        self.db.executemany(INSERT, [entry("lost", key, why, Usage(*worst)) for key, *worst in left])
-        self.db.execute("delete from pending")
+    with db:
+        db.executemany(INSERT, [entry("lost", key, why, Usage(*worst)) for key, *worst in left])
+        db.execute("delete from pending")
     log(f"journal: calls in flight when an earlier run ended, counted at their worst case: {len(left)}")
+
+# %% ../../nbs/10_teacher.journal.ipynb #c018
+class Journal:
+    "What was paid for, on disk before it is used"
+    def __init__(self,
+        path:str|Path, # `journal.sqlite`; shards go to `shards/` beside it
+        sync_to:str|None=None, # a second place for shards
+        shard_rows:int=500, # entries a shard
+    ):
+        self.path, self.shard_rows = Path(path), shard_rows
+        self.folder = self.path.parent/"shards"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.guard = lock(self.path.with_name(f".{self.path.name}.lock"), str(self.path))
+        self.copier, self.unsynced, self.db = ThreadPoolExecutor(1), "", None
+        self.busy, self.waiting = threading.RLock(), []
+        try:
+            self.copies = Copies(sync_to) if sync_to else None
+            self.db = open_or_rescue(self.path)
+            with explained(self.path, "opened"):
+                if self.copies: self.copies.bring(self.folder)
+                restore(self.db, self.folder)
+                count_lost(self.db)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _let_go(self):
+        self.copier.shutdown()
+        if self.db: self.db.close()
+        self.guard.release()
+
+    def __enter__(self): return self
+    def __exit__(self, *_): self.close()
+
+# %% ../../nbs/10_teacher.journal.ipynb #c031
+@patch
+def export(self:Journal):
+    "Write the entries that are in no shard into the next one"
+    with self.busy:
+        rows = self.db.execute(f"select {', '.join(FIELDS)} from entries where shard is null order by n").fetchall()
+        if not rows: return
+        name = f"shard-{next_number(shard_files(self.folder)):05d}-{digest(rows)[:8]}.jsonl"
+        write_shard(self.folder/name, rows)
+        with explained(self.path, "written"), self.db:
+            self.db.executemany("update entries set shard = ? where id = ?", [(name, r[0]) for r in rows])
+            self.db.execute("insert into shards values (?)", [name])
+    if self.copies: self.copier.submit(self._send)
+
+@patch
+def _send(self:Journal):
+    try: self.copies.send(self.folder); self.unsynced = ""
+    except Exception as e: self.unsynced = f"{type(e).__name__}: {e}"  # each file system raises its own; tried again
+
+@patch
+def close(self:Journal):
+    "Write what is left into a shard, copy it, and let go of the file"
+    try:
+        self.export()
+        if self.copies: self.copier.submit(self._send).result()
+        if self.unsynced: log(f"journal: the copy at the second place is not complete: {self.unsynced}")
+    finally: self._let_go()
 
 # %% ../../nbs/10_teacher.journal.ipynb #c020
 @patch
 def _commit(self:Journal, operations:list[tuple]):
-    with self._explained("written"), self.busy, self.db:
+    with explained(self.path, "written"), self.busy, self.db:
         for sql, values in operations: self.db.execute(sql, values)
+
+@patch
+def _export_if_full(self:Journal):
+    with explained(self.path, "read"), self.busy:
+        query = "select count(*) from (select 1 from entries where shard is null limit ?)"
+        new = self.db.execute(query, [self.shard_rows]).fetchone()[0]
+    if new >= self.shard_rows: self.export()
 
 @patch
 def write(self:Journal,

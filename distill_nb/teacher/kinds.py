@@ -138,6 +138,7 @@ def say_what_to_do(
     return (f"teacher {teacher}: {there}. Let them be answered (upload them to the provider's batch service, or "
             f"`{command}`), put the result files into {results}, and the same command goes on")
 
+# %% ../../nbs/16_teacher.kinds.ipynb #c015a
 def answer_by_batch(
     teacher:BatchTeacher, # model
     requests:Iterable[tuple[Request, str]], # calls and keys
