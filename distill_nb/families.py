@@ -117,7 +117,8 @@ def around_answer(
     messages:list[dict], # what was asked
 )->tuple[str, str]: # all that the template writes before an answer, and all that it writes after it
     "What the template puts around an answer"
-    before, _, after = render(tokenizer, [*messages, {"role": "assistant", "content": ANSWER_PLACE}]).rpartition(ANSWER_PLACE)
+    whole = render(tokenizer, [*messages, {"role": "assistant", "content": ANSWER_PLACE}])
+    before, _, after = whole.rpartition(ANSWER_PLACE)
     return before, after
 
 # %% ../nbs/05_families.ipynb #f051a

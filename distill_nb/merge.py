@@ -239,8 +239,9 @@ def proof_sentences(
     elif effect <= NOISE * top: does = f" The adapter has no effect: {NO_EFFECT}."
     else: does = f" The adapter moves them by up to {effect:.2g}."
     error, same = proof["max_abs_logit_difference"], proof["same_top_token"]
-    return (f"Logits at {proof['positions']} positions of {proof['rows']} conversations were compared before and after, with "
-            f"the model reloaded from disk: the largest absolute difference is {error:.2g} (the largest logit is {top:.1f}), "
+    return (f"Logits at {proof['positions']} positions of {proof['rows']} conversations were compared before and "
+            "after, with the model reloaded from disk: "
+            f"the largest absolute difference is {error:.2g} (the largest logit is {top:.1f}), "
             f"and {same:.1%} of the positions have the same most likely token.{does}")
 
 def model_card(
@@ -256,6 +257,7 @@ def model_card(
                          tags=["distillation", "distill_nb"], base_model=public)
     merged = f"A LoRA adapter merged into {base}." if base else "Fine-tuned whole."
     if base and base.quantize: merged += " It was trained on the base in 4 bits; the weights here are whole."
-    return (f"---\n{data.to_yaml()}\n---\n\n# Distilled model\n\n{merged} {parameters:,} parameters, saved as {dtype}.\n\n"
+    return (f"---\n{data.to_yaml()}\n---\n\n# Distilled model\n\n"
+            f"{merged} {parameters:,} parameters, saved as {dtype}.\n\n"
             f"{proof_sentences(proof)}\n\nThe data and the teacher are described in the run's report. "
             "The licences of the base model, of the teacher and of the data apply.\n")

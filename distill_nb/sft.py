@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Params', 'SKIPPED', 'SftParams', 'choose_engine', 'count_steps', 'counted', 'student_folder', 'training_dtype',
            'load_with_unsloth', 'load_with_peft', 'encode_split', 'describe_split', 'arrow_dataset', 'training_sets',
-           'mark_checkpoint', 'damage', 'last_checkpoint', 'diverged', 'check_weights', 'check_log',
+           'mark_checkpoint', 'damage', 'last_checkpoint', 'diverged', 'check_numbers', 'check_log',
            'progress_callback', 'trainer_class', 'training_arguments', 'make_trainer', 'loss_curve', 'check_trained',
            'train_student', 'save_student']
 
@@ -296,10 +296,11 @@ def diverged(
 )->DistillError:
     "What to say, and what to do"
     return DistillError(
-        f"training diverged: at step {step}, {what} is no longer a number: lower learning_rate (or raise warmup_ratio), "
+        f"training diverged: at step {step}, {what} is no longer a number: lower learning_rate (or raise "
+        "warmup_ratio), "
         "or see whether the number format can hold it (DISTILL_NB_DTYPE=float32)")
 
-def check_weights(
+def check_numbers(
     model:Any, # any
     step:int, # at which it is
 ):
@@ -341,7 +342,7 @@ def progress_callback(
                 self.shown = time.time()
                 log(f"step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}")
         def on_save(self, args, state, control, model=None, **kw):
-            check_weights(model, state.global_step)
+            check_numbers(model, state.global_step)
             mark_checkpoint(Path(args.output_dir)/f"checkpoint-{state.global_step}")
     return Progress()
 
@@ -410,7 +411,7 @@ def check_trained(
 ):
     "See that the last step left a model that still computes numbers. Raises `DistillError`"
     model, step = trainer.model, trainer.state.global_step
-    check_weights(model, step)
+    check_numbers(model, step)
     model.eval()
     loss, *_ = trainer.prediction_step(model, next(iter(trainer.get_train_dataloader())), prediction_loss_only=True)
     if not math.isfinite(float(loss)): raise diverged(step, "the loss")
@@ -439,7 +440,7 @@ def save_student(
     loaded:Loaded, # trained
 )->Path: # `adapter/` or `model/`
     "Save what was trained, as safetensors. Raises `DistillError` where it is not made of numbers"
-    check_weights(loaded.model, "its end")
+    check_numbers(loaded.model, "its end")
     kind = "adapter" if params.method == "lora" else "model"
     partial, final = Path(params.out)/f".{kind}", Path(params.out)/kind
     for folder in (partial, final): shutil.rmtree(folder, ignore_errors=True)

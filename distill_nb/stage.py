@@ -27,7 +27,8 @@ class Strict(BaseModel):
 
 class DataSpec(Strict):
     "Where rows come from, and how they are split"
-    path: str = Field(min_length=1, description="shipped prompts (`quickstart`), a file, a folder with splits, or a hub data set")
+    path: str = Field(min_length=1, description=(
+        "shipped prompts (`quickstart`), a file, a folder with splits, or a hub data set"))
     subset: str|None = Field(None, description="configuration of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     revision: str|None = Field(None, description="commit of a hub data set")

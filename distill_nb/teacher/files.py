@@ -10,7 +10,7 @@ __all__ = ['ANSWERS', 'FORMULA', 'SHEET', 'note_keys', 'attached', 'find_waiting
 # %% ../../nbs/18_teacher.files.ipynb #c002
 import contextlib, csv, json
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterator
 
 from ..core import *
 from ..data import *

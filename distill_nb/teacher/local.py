@@ -8,7 +8,6 @@ __all__ = ['label_opinions', 'label_batches', 'label_answer', 'same_batch', 'loc
 
 # %% ../../nbs/15_teacher.local.ipynb #h003
 import importlib.util, itertools
-from collections import Counter
 from typing import Any, Iterable, Iterator
 
 from ..core import *
