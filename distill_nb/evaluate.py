@@ -65,8 +65,8 @@ class EvaluateParams(StageParams):
 
 def is_file_name(name:str)->bool:
     "Whether a name can be a file's, on every system"
-    plain_name = bool(name) and name == name.strip() and not name.startswith(".")
-    return plain_name and not set(name) & set('/\\:*?"<>|\n')
+    visible = bool(name) and name == name.strip() and not name.startswith(".")
+    return visible and not set(name) & set('/\\:*?"<>|\n')
 
 # %% ../nbs/45_evaluate.ipynb #c010
 Params = EvaluateParams

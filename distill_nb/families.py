@@ -275,10 +275,11 @@ def pad(
     rows:list[list[int]], # token ids
     value:int, # what fills them up
     left:bool=False, # on the left, as generation needs it: the answer goes on at the right
+    multiple:int=1, # the length is made divisible by it
 )->tuple["torch.Tensor", "torch.Tensor"]: # (rows, longest) of ids, and the same of 1 (real) and 0 (padding)
     "Make sequences equally long"
     import torch
-    width = max(map(len, rows))
+    width = -(-max(map(len, rows)) // multiple) * multiple
     fill = [width - len(r) for r in rows]
     ids = [[value] * n + r if left else r + [value] * n for r, n in zip(rows, fill)]
     real = [[0] * n + [1] * len(r) if left else [1] * len(r) + [0] * n for r, n in zip(rows, fill)]

@@ -1,5 +1,7 @@
 """45_evaluate: what is asked again and what is not, what is scored, and what happens when a run is killed."""
+import json
 import math
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,6 +11,8 @@ import pytest
 from distill_nb import evaluate as ev
 from distill_nb.core import DistillError, read_json, write_jsonl
 from distill_nb.stage import ModelSpec, check
+
+import tiny
 
 
 def row(key, answer="yes"):
@@ -198,6 +202,79 @@ def test_an_error_in_scoring_names_the_model():
     rows = ev.prediction_rows(ROWS, {"base": ["yes", "no"], "small": ["yes", "no"]})
     with pytest.raises(DistillError, match="small: perplexity: test row 2"):
         ev.measure(rows, ["perplexity"], {"base": [(1.0, 2)] * 2, "small": [(1.0, 2), (math.nan, 2)]})
+
+
+def test_after_a_change_in_the_code_that_answers_a_model_is_asked_again(models, ask, monkeypatch, tmp_path):
+    "The answers outlive a change of parameters, so the stage's fingerprint cannot watch over them"
+    package = tmp_path/"package"
+    shutil.copytree(ev.package_dir(), package)
+    monkeypatch.setattr(ev, "package_dir", lambda: package)
+    ask("a", nll=True), ask("a", nll=True)
+    assert models.asked == models.judged == ["a"]
+    with open(package/"generate.py", "a", encoding="utf-8") as f: f.write("BEAMS = 4\n")
+    ask("a", nll=True)
+    assert models.asked == models.judged == ["a", "a"]
+
+
+# With real models, as small as they can be
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return str(tiny.make(tmp_path_factory.mktemp("tiny")/"llama3", "llama3"))
+
+
+def test_a_model_answers_and_is_judged(tiny_model, tmp_path):
+    from distill_nb.generate import completion_nll, generate
+    from distill_nb.models import load_model
+    spec = ModelSpec(name=tiny_model)
+    given = ev.predict("m", spec, ROWS, tmp_path, max_new_tokens=4, nll=True)
+    loaded = load_model(spec)
+    expected = generate(loaded, [r["messages"][:1] for r in ROWS], 4)
+    assert [a["text"] for a in given["answers"]] == [a["text"] for a in expected]
+    assert {a["finish_reason"] for a in given["answers"]} <= {"stop", "length"} and all(0 < a["tokens"] <= 4 for a in given["answers"])
+    assert [tuple(x) for x in given["nll"]] == completion_nll(loaded, ROWS, 32)
+    assert given["parameters"] == sum(p.numel() for p in loaded.model.parameters())
+    again = ev.predict("m", spec, ROWS, tmp_path, max_new_tokens=4, nll=True)
+    assert again == json.loads(json.dumps(given)), "what is saved is not what was given"
+
+
+def test_likelihoods_halve_their_batch_when_memory_runs_out(tiny_model, tmp_path, monkeypatch):
+    import torch
+    from distill_nb import generate
+    sizes, nll_batch = [], generate.nll_batch
+    def crowded(loaded, head, encoded):
+        sizes.append(len(encoded))
+        if len(encoded) > 1: raise torch.OutOfMemoryError("CUDA out of memory")
+        return nll_batch(loaded, head, encoded)
+    monkeypatch.setattr(generate, "nll_batch", crowded)
+    rows = [row(str(i)) for i in range(4)]
+    given = ev.predict("m", ModelSpec(name=tiny_model), rows, tmp_path, max_new_tokens=2, batch_size=4, nll=True)
+    assert sizes == [4, 2, 1, 1, 1, 1] and len(given["nll"]) == 4
+
+
+# What a plan says
+
+@pytest.fixture
+def estimate(tiny_model, tmp_path):
+    from distill_nb.data import open_rows
+    from distill_nb.hardware import plan_hardware
+    def estimate(text="q", **more):
+        for split in ("train", "test"): write_jsonl(tmp_path/f"{split}.jsonl", [row(f"{split}-{i}", text) for i in range(5)])
+        params = check(ev.EvaluateParams, {"models": {"m": tiny_model}, "data": str(tmp_path)} | more, "here")
+        with open_rows(params.data) as rows: return params.estimate(plan_hardware("t4"), rows, lambda spec: spec)
+    return estimate
+
+
+def test_a_plan_counts_the_rows_as_long_as_they_are(estimate):
+    short, long = estimate("word " * 20), estimate("word " * 2000)
+    assert long["peak"] > short["peak"]
+    assert estimate()["note"].startswith("5 test rows") and estimate(samples=3)["note"].startswith("3 test rows")
+
+
+def test_a_plan_holds_the_memory_of_likelihoods(estimate):
+    without, within = (estimate("word " * 2000, metrics=m, batch_size=256) for m in (["bleu"], ["bleu", "perplexity"]))
+    assert within["peak"] > without["peak"]
+    assert estimate("word", metrics=["bleu", "perplexity"], max_new_tokens=4000)["peak"] >= estimate("word", metrics=["bleu"], max_new_tokens=4000)["peak"]
 
 
 def test_importing_needs_no_heavy_library():

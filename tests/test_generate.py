@@ -124,6 +124,17 @@ def test_an_answer_in_a_batch_is_the_answer_alone(loaded, kind):
     assert [a["prompt_tokens"] for a in together] == fed
 
 
+@pytest.mark.parametrize("kind, block", [("llama3", 16), ("t5", 1)])
+def test_prompts_are_padded_to_whole_blocks_so_that_rounding_does_not_depend_on_the_neighbours(loaded, kind, block, monkeypatch):
+    model, widths = loaded(kind), []
+    longest = max(len(encode_prompt(model.tokenizer, r["messages"][:1], model.family)) for r in ROWS)
+    assert longest % 16, "the test would see nothing"
+    answer = model.model.generate
+    monkeypatch.setattr(model.model, "generate", lambda **inputs: (widths.append(inputs["input_ids"].shape[1]), answer(**inputs))[1])
+    gen.generate(model, [r["messages"][:1] for r in ROWS], max_new_tokens=1)
+    assert widths == [math.ceil(longest / block) * block]
+
+
 @pytest.mark.parametrize("kind", ("llama3", "chatml", "gemma", "phi3", "mistral", "gpt2"))
 def test_a_model_stops_at_the_end_of_turn_of_its_template(loaded, kind):
     "Whatever its generation configuration says"
