@@ -60,7 +60,7 @@ class EvaluateParams(StageParams):
     @classmethod
     def _known(cls, v, info):
         known = list(info.data.get("models") or [])
-        if v and known and v not in known: raise ValueError(f"no such model{nearest(v, known)}")
+        if v and known and v not in known: raise ValueError(f"{v!r} is none of the models{nearest(v, known)}")
         return v
 
 def is_file_name(name:str)->bool:

@@ -182,7 +182,8 @@ def _place(cls, loc)->tuple[list[str], type]:
 def _hint(error:dict)->str:
     "What was written, where it is short and no table, and what to do about the commonest slips"
     value = error["input"]
-    said = f", not {value!r}" if not isinstance(value, dict | list) and len(repr(value)) < 100 else ""
+    long = isinstance(value, dict | list) or len(repr(value)) >= 100
+    said = "" if long or repr(value) in error["msg"] else f", not {value!r}"
     if error["type"] != "string_type" or not isinstance(value, bool | int | float): return said
     if not isinstance(value, bool): return f"{said}: write it in quotes"
     return f"{said}: YAML reads yes, no, on, off, true and false as that; write the word in quotes"

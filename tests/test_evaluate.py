@@ -49,7 +49,7 @@ RIGHT = {"models": {"teacher": "mine/teacher"}, "data": "sample"}
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"baseline": "techer"}, "did you mean 'teacher'"),
+    ({"baseline": "techer"}, r"baseline: .techer. is none of the models, did you mean .teacher.\?$"),
     ({"metrics": ["rouge"]}, "rougeL"),
     ({"models": {"a/b": "x"}}, "cannot name a model"),
     ({"models": {" a": "x"}}, "cannot name a model"),
