@@ -611,7 +611,7 @@ def test_training_on_own_labels_goes_on_after_a_kill(tmp_path, model, started, d
     "The check and the stage take a person's own label for the answer"
     rows = [{"id": f"r{n}", "text": f"text {n}", "label_text": "good" if n % 2 else "bad"} for n in range(24)]
     write_rows(tmp_path/"rows.jsonl", rows)
-    recipe = {"name": "labels", "task": "chat", "data": {"path": "rows.jsonl", "columns": {"response": "label_text"}, "validation": 4, "test": 4},
+    recipe = {"name": "labels", "task": "classify", "data": {"path": "rows.jsonl", "validation": 4, "test": 4},
               "stages": [{"sft": {"id": "student", "model": str(model), **TRAINING, "max_steps": 30}}]}
     (tmp_path/"recipe.yaml").write_text(yaml.safe_dump(recipe))
     student = tmp_path/"runs"/"labels"/"01-student"

@@ -75,6 +75,15 @@ def test_what_a_stage_says_of_itself_holds(kind):
 
 
 @pytest.mark.parametrize("kind", STAGES)
+def test_the_help_of_a_parameter_is_written_once(kind):
+    "What the cell says of a parameter is what its field says"
+    cls, source = pipeline.params_class(kind), parameters_cell(STAGES[kind])
+    said = {n.target.id: comments_in(source).get(n.lineno) for n in ast.parse(source).body}
+    assert said == {name: field.description for name, field in cls.model_fields.items()}
+    assert all(len(text.split()) >= 2 for text in said.values())
+
+
+@pytest.mark.parametrize("kind", STAGES)
 def test_the_annotation_fits_what_the_model_takes(kind):
     "`int | None` in the cell and an int field in the model would let papermill inject what is then refused"
     cls = pipeline.params_class(kind)
