@@ -10,7 +10,7 @@ __all__ = ['READERS', 'SPLITS', 'ALIASES', 'TASKS', 'LABELS', 'ROLES', 'SHAREGPT
            'build_messages', 'conversation', 'row_text', 'group_of', 'hash_rank', 'deal_splits', 'question_key',
            'unite', 'take_row', 'take_rows', 'join_repeats', 'refuse_repeats', 'order_rows', 'as_spec', 'data_files',
            'data_name', 'data_identity', 'rows_digest', 'kept_stamp', 'Rows', 'fill_standing', 'repeats_allowed',
-           'fill_database', 'fill_file', 'open_rows', 'cached_place', 'load_splits', 'check_split', 'load_split']
+           'fill_database', 'fill_file', 'open_rows', 'cached_place']
 
 # %% ../nbs/04_data.ipynb #c003
 import csv, hashlib, itertools, json, math, os, re, sqlite3
@@ -742,21 +742,3 @@ def resized(self:Rows,
         if self.counts[split] or not view.counts[split]: continue
         raise DistillError(f"{self.name}: the {split} split is empty")
     return view
-
-# %% ../nbs/04_data.ipynb #c032a
-def load_splits(data, task="chat")->tuple[dict[str, list[dict]], dict[str, int]]:
-    "The three splits in memory, and how many rows were dropped, by reason"
-    with open_rows(data, task) as rows: return {s: list(rows.rows(s)) for s in SPLITS}, rows.dropped
-
-def check_split(splits, split, name, needs_answers=True)->list[dict]:
-    "See that a split can be used. Raises `DistillError` where it is empty, or a row has no answer"
-    if not splits[split]: raise DistillError(f"{name}: the {split} split is empty")
-    for r in splits[split] if needs_answers else ():
-        if r["messages"][-1]["role"] == "assistant": continue
-        advice = "annotate it first, or map a column with columns: {response: ...}"
-        raise DistillError(f"{name}: row {r['id']} has no answer: {advice}")
-    return splits[split]
-
-def load_split(data, split)->list[dict]:
-    "One split in memory, with answers"
-    return check_split(load_splits(data)[0], split, as_spec(data).path)

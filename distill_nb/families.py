@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'ANSWER_PLACE', 'FAMILIES', 'ENCODERS', 'LAST_LAYERS', 'STATES', 'begins_with_bos',
            'ensure_template', 'fold_system', 'squeeze', 'fill_template', 'render', 'token_ids', 'prompt_and_answer',
-           'prompt_completion', 'around_answer', 'prompt_and_target', 'Encoded', 'common_length', 'encode_causal',
-           'answered', 'has_template', 'source_ids', 'target_ids', 'encode_seq2seq', 'encode_text', 'class_of',
-           'encode_classifier', 'encode_masked', 'pad', 'padding_id', 'collate_tokens', 'collate_classes',
-           'collate_masked', 'Family', 'family_of', 'encode', 'collate', 'encode_prompt', 'render_prompt',
-           'end_of_turn', 'core_model', 'causal_states', 'masked_states', 'seq2seq_states', 'class_layer',
-           'trained_copy', 'classifier_states', 'supervised_hidden', 'Head', 'scales', 'roberta_transform',
-           'transforms', 'plain_linear', 'candidate_heads', 'probe', 'head_of']
+           'around_answer', 'prompt_and_target', 'Encoded', 'common_length', 'encode_causal', 'answered',
+           'has_template', 'source_ids', 'target_ids', 'encode_seq2seq', 'encode_text', 'class_of', 'encode_classifier',
+           'encode_masked', 'pad', 'padding_id', 'collate_tokens', 'collate_classes', 'collate_masked', 'Family',
+           'family_of', 'encode', 'collate', 'encode_prompt', 'render_prompt', 'end_of_turn', 'core_model',
+           'causal_states', 'masked_states', 'seq2seq_states', 'class_layer', 'trained_copy', 'classifier_states',
+           'supervised_hidden', 'Head', 'scales', 'roberta_transform', 'transforms', 'plain_linear', 'candidate_heads',
+           'probe', 'head_of']
 
 # %% ../nbs/05_families.ipynb #h003
 from dataclasses import dataclass, is_dataclass
@@ -103,12 +103,6 @@ def prompt_and_answer(
 )->tuple[list[dict], str]: # the messages before the answer, and the answer's text
     "Take a conversation apart at its last message"
     return row["messages"][:-1], row["messages"][-1]["content"]
-
-def prompt_completion(
-    rows:list[dict], # conversations that end with an answer
-)->list[dict]: # `{"prompt": [...], "completion": [...]}`, TRL's conversational form
-    "Conversations as TRL reads them, so that the loss falls on the completion only"
-    return [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows]
 
 ANSWER_PLACE = "here-stands-the-answer"  # letters only: no template changes it
 

@@ -297,6 +297,32 @@ def test_a_local_teacher_labels_by_scoring(tmp_path, model):
     with journal.Journal(tmp_path/"out"/"journal.sqlite") as j: assert j.count() == 28
 
 
+@pytest.mark.parametrize("task", [dict(system="Be brief."), dict(task="classify", labels=list(LABELS))], ids=["a system message", "an instruction"])
+def test_a_template_that_refuses_a_system_role_stops_no_local_teacher(task, tmp_path):
+    "Gemma's: what the system message says goes into the first user turn"
+    import tiny
+    write_rows(tmp_path/"rows.jsonl", prompts(8))
+    values = dict(teacher=str(tiny.make(tmp_path/"gemma", "gemma")), data={"path": str(tmp_path/"rows.jsonl"), "validation": 1, "test": 1})
+    try: run_stage(tmp_path, **values, max_new_tokens=4, cut_off="keep", **task)
+    except core.DistillError as e: assert "no usable answer is left for train: {'empty answer': 8}" in str(e)  # a random model may say nothing
+    with journal.Journal(tmp_path/"out"/"journal.sqlite") as j: assert j.count() == 8
+
+
+def test_rows_are_opened_once(tmp_path, monkeypatch):
+    "It used to read the file six times"
+    opened = []
+    def counted(data, *more, **options):
+        opened.append(data)
+        return data_open_rows(data, *more, **options)
+    data_open_rows = data.open_rows
+    monkeypatch.setattr(stage, "open_rows", counted)
+    rows, examples = (write_rows(tmp_path/f"{name}.jsonl", texts()) for name in ("rows", "examples"))
+    with MockApi() as api:
+        run_stage(tmp_path, teacher=teacher(api), data={"path": str(rows)}, task="classify", labels=list(LABELS), calibrate="batch",
+                  examples={"path": str(examples)}, shots=1)
+    assert sorted(Path(d.path).name for d in opened) == ["examples.jsonl", "rows.jsonl"]
+
+
 def test_tokens_of_a_local_teacher_are_capped_too(tmp_path, model):
     write_rows(tmp_path/"rows.jsonl", prompts())
     values = dict(teacher=str(model), data={"path": str(tmp_path/"rows.jsonl")}, max_new_tokens=8, cut_off="keep", batch_size=4)
