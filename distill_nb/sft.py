@@ -291,18 +291,19 @@ def last_checkpoint(
 
 # %% ../nbs/25_sft.ipynb #c023b
 def diverged(
-    step:int, # of the optimiser
+    step:int|None, # of the optimiser; none: after the last
     what:str, # what is no longer a number
 )->DistillError:
     "What to say, and what to do"
+    when = "at the end" if step is None else f"at step {step}"
     return DistillError(
-        f"training diverged: at step {step}, {what} is no longer a number: lower learning_rate (or raise "
+        f"training diverged: {when}, {what} is no longer a number: lower learning_rate (or raise "
         "warmup_ratio), "
         "or see whether the number format can hold it (DISTILL_NB_DTYPE=float32)")
 
 def check_numbers(
     model:Any, # any
-    step:int, # at which it is
+    step:int|None, # at which it is; none: after the last
 ):
     "See that what is trained consists of numbers. Raises `DistillError`"
     import torch
@@ -440,7 +441,7 @@ def save_student(
     loaded:Loaded, # trained
 )->Path: # `adapter/` or `model/`
     "Save what was trained, as safetensors. Raises `DistillError` where it is not made of numbers"
-    check_numbers(loaded.model, "its end")
+    check_numbers(loaded.model, None)
     kind = "adapter" if params.method == "lora" else "model"
     partial, final = Path(params.out)/f".{kind}", Path(params.out)/kind
     for folder in (partial, final): shutil.rmtree(folder, ignore_errors=True)
