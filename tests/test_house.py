@@ -128,6 +128,13 @@ def test_a_name_means_one_thing():
     assert not twice, twice
 
 
+def test_a_module_says_in_full_what_goes_in_and_what_comes_out():
+    """nbdev takes the first line of the notebook's quotation for the docstring, and the README shows it."""
+    said = {name: file.read_text(encoding="utf-8").splitlines()[0] for name, (_, file) in modules().items()}
+    torn = {name: line for name, line in said.items() if not re.fullmatch(r'"""Goes in: .*\. Comes out: .*\."""', line)}
+    assert not torn, torn
+
+
 def test_the_library_can_be_read_without_scrolling_sideways():
     long = [
         f"{file}:{number}: {len(line)}"
