@@ -8,7 +8,7 @@ __all__ = ['Params', 'Outcome', 'CHAIN_FIELDS', 'AnnotateParams', 'check_labels'
            'estimate_calls', 'kept_text', 'check_failures', 'ask_all', 'content_free_calls', 'ask_rows', 'opinions',
            'label_biases', 'answered_rows', 'student_row', 'label_row', 'sheet_row', 'RowFiles', 'check_splits',
            'write_rows', 'ask_chains', 'as_seed', 'seeds_solved', 'chain_row', 'write_chain_files', 'write_chains',
-           'sampling_of', 'teacher_name', 'example_request', 'names_in', 'describe', 'annotate_rows', 'annotate']
+           'sampling_of', 'example_request', 'names_in', 'describe', 'annotate_rows', 'annotate']
 
 # %% ../nbs/20_annotate.ipynb #c005
 import contextlib, itertools, json
@@ -554,11 +554,6 @@ def sampling_of(p:AnnotateParams)->dict:
     values = {n: getattr(p, n) for n in names}
     return {n: ", ".join(v) if n == "labels" else v for n, v in values.items() if v not in (None, {})}
 
-def teacher_name(teacher:ModelSpec|TeacherSpec)->str:
-    "What a teacher is called, without a path of this machine"
-    if isinstance(teacher, TeacherSpec): return str(teacher)
-    return Path(teacher.name).resolve().name if Path(teacher.name).exists() else teacher.name
-
 def example_request(job:Job, row:dict)->Request:
     "A call to show"
     if job.params.task != "cot": return job.request(row)
@@ -583,7 +578,8 @@ def describe(
     p = job.params
     system = {"system": p.system} if p.system else {}
     came_of_it = {k: result[k] for k in ("rows", "dropped", "agreement") if k in result}
-    return {"task": p.task, "teacher": teacher_name(p.teacher),
+    teacher = public_name(p.teacher.name) if job.local else str(p.teacher)
+    return {"task": p.task, "teacher": teacher,
             "teacher_models": sorted(names_in(journal) - {str(p.teacher)}),
             "source": rows.name, "license": as_spec(p.data).license,
             "prompts": system | job.templates, "sampling": sampling_of(p),

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MARK', 'UNREADABLE', 'KEPT_FROM', 'GRAIN', 'SecretName', 'DistillError', 'nearest', 'log', 'writing', 'atomic_path',
-           'write_text', 'find_nan', 'to_json', 'write_json', 'write_jsonl', 'read_json', 'read_line', 'open_text',
-           'iter_jsonl', 'read_jsonl', 'json_value', 'frame_rows', 'iter_memory', 'digest', 'digest_rows', 'list_files',
-           'sha256_file', 'file_stamp', 'file_digest', 'lock', 'platform_name', 'cache_dir', 'secret', 'hub_token',
-           'package_dir', 'shipped_dir']
+           'write_text', 'find_nan', 'to_json', 'write_json', 'text_file', 'jsonl_writer', 'write_jsonl', 'read_json',
+           'read_line', 'open_text', 'iter_jsonl', 'read_jsonl', 'json_value', 'frame_rows', 'iter_memory', 'digest',
+           'digest_rows', 'list_files', 'public_name', 'sha256_file', 'file_stamp', 'file_digest', 'lock',
+           'platform_name', 'cache_dir', 'secret', 'hub_token', 'package_dir', 'shipped_dir']
 
 # %% ../nbs/01_core.ipynb #c003
-import contextlib, difflib, gzip, hashlib, json, math, os, re, sqlite3, sys, time, zlib
+import contextlib, difflib, gzip, hashlib, itertools, json, math, os, re, sqlite3, sys, time, zlib
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Iterable, Iterator, Literal
@@ -105,13 +105,31 @@ def write_json(
     "Write indented JSON atomically. Raises `DistillError` for a NaN"
     return write_text(path, to_json(obj, path, indent=2, default=str) + "\n")
 
+# %% ../nbs/01_core.ipynb #c016w
+@contextlib.contextmanager
+def text_file(
+    path:str|Path, # where to
+    newline:str="\n", # as for `open`
+): # gives a file that is open for writing
+    "A text file that is whole or absent"
+    with atomic_path(path) as t, open(t, "w", encoding="utf-8", newline=newline) as f: yield f
+
+@contextlib.contextmanager
+def jsonl_writer(
+    path:str|Path, # where to
+): # gives a function that takes a row
+    "JSON lines, atomically, a row at a time. Raises `DistillError` for a NaN"
+    with text_file(path) as f:
+        lines = itertools.count(1)
+        yield lambda row: f.write(to_json(row, f"{path}, line {next(lines)}") + "\n")
+
 def write_jsonl(
     path:str|Path, # where to
     rows:Iterable[dict], # one JSON object a line; never held all at once
 )->Path: # the path
     "Write JSON lines atomically. Raises `DistillError` for a NaN"
-    with atomic_path(path) as t, open(t, "w", encoding="utf-8", newline="\n") as f:
-        for n, r in enumerate(rows, 1): f.write(to_json(r, f"{path}, line {n}") + "\n")
+    with jsonl_writer(path) as put:
+        for row in rows: put(row)
     return Path(path)
 
 # %% ../nbs/01_core.ipynb #c017
@@ -210,6 +228,14 @@ def list_files(
     "The visible files below a folder"
     def hidden(p): return any(part.startswith(".") for part in p.relative_to(folder).parts)
     return sorted(p for p in Path(folder).rglob("*") if p.is_file() and not hidden(p))
+
+# %% ../nbs/01_core.ipynb #c020o
+def public_name(
+    name:str, # of a file or a folder on this machine, or of something on the hub
+)->str: # `rows.jsonl`, `01-annotate`, `org/name`
+    "What data or a model are called, without a path of this machine"
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
 
 # %% ../nbs/01_core.ipynb #c021d
 KEPT_FROM = 8 * 2**20  # bytes from which a file's digest is kept between processes

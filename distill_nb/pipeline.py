@@ -18,6 +18,7 @@ import yaml
 from .core import *
 from .stage import *
 from .hardware import *
+from .tables import *
 from .run.recipe import *
 from .run.check import *
 from .run.plan import *
@@ -220,8 +221,7 @@ def summary_line(
     manifest:dict, # of a stage
 )->str: # a few numbers
     "What a stage says of itself in a line"
-    def number(v): return f"{v:,}" if isinstance(v, int) else f"{v:.4g}" if isinstance(v, float) else str(v)
-    return ", ".join(f"{k} {number(v)}" for k, v in manifest["summary"].items())
+    return plain(manifest["summary"]) if manifest["summary"] else ""
 
 # %% ../nbs/63_pipeline.ipynb #c047c
 def do_stage(

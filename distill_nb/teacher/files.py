@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'FORMULA', 'SHEET', 'note_keys', 'attached', 'find_waiting', 'waiting_rows', 'rows_with_answers',
-           'any_answer_has', 'text_file', 'jsonl_writer', 'array_writer', 'table_writer', 'tables_writer',
-           'escape_cell', 'sheet_writer', 'card_header', 'asked_parts', 'money_spent', 'result_parts', 'write_card']
+           'any_answer_has', 'array_writer', 'table_writer', 'tables_writer', 'escape_cell', 'sheet_writer',
+           'card_header', 'asked_parts', 'money_spent', 'result_parts', 'write_card']
 
 # %% ../../nbs/18_teacher.files.ipynb #c002
 import contextlib, csv, json
@@ -85,24 +85,12 @@ def any_answer_has(
 
 # %% ../../nbs/18_teacher.files.ipynb #c003b
 @contextlib.contextmanager
-def text_file(path:str|Path, newline:str="\n"):
-    "A text file that is whole or absent"
-    with atomic_path(path) as t, open(t, "w", encoding="utf-8", newline=newline) as f: yield f
-
-@contextlib.contextmanager
-def jsonl_writer(
-    path:str|Path, # where to
-): # gives a function that takes a row
-    "JSON lines"
-    with text_file(path) as f: yield lambda row: f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-
-@contextlib.contextmanager
 def array_writer(
     path:str|Path, # where to
 ): # gives a function that takes a row
     "One JSON array, an element a line, which some trainers want"
     with text_file(path) as f:
-        def put(row): f.write((",\n" if f.tell() else "[\n") + json.dumps(row, ensure_ascii=False, allow_nan=False))
+        def put(row): f.write((",\n" if f.tell() else "[\n") + to_json(row, path))
         yield put
         f.write("\n]\n" if f.tell() else "[]\n")
 
