@@ -24,6 +24,7 @@ from .core import *
 from .stage import *
 from .data import *
 from .models import *
+from .memory import *
 from .generate import *
 from .metrics import *
 from .teacher.journal import *

@@ -24,6 +24,7 @@ from .models import *
 from .generate import *
 from .tables import *
 from .metrics import *
+from .memory import *
 from .measure.intervals import *
 
 # %% ../nbs/45_evaluate.ipynb #c008

