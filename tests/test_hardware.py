@@ -192,7 +192,8 @@ def measured():
 @pytest.mark.parametrize("case", MEASURED)
 def test_the_estimate_holds_what_a_step_really_takes_and_not_much_more(measured, case, monkeypatch):
     from transformers import AutoConfig
-    from distill_nb.models import RUNTIME_BYTES, describe_model, inference_memory, likelihood_memory, training_memory
+    from distill_nb.memory import RUNTIME_BYTES, inference_memory, likelihood_memory, training_memory
+    from distill_nb.models import describe_model
     monkeypatch.setenv("DISTILL_NB_DTYPE", "float32")
     kind, settings, use, batch_size, length, options = MEASURED[case]
     shape, plan = describe_model(AutoConfig.for_model(kind, **settings)), plan_hardware("cpu")

@@ -388,7 +388,7 @@ def test_lora_adapts_the_experts_of_a_mixture():
 def test_a_second_plan_imports_neither_transformers_nor_torch(made, adapter, cache):
     specs = [spec(made("gemma2"), layers=1), spec(made("t5")), spec(adapter), ModelSpec(name="smollm2-135m-instruct", layers=22)]
     first = [check_model(s, families=("causal", "seq2seq")) for s in specs]
-    code = ("import json, sys; from distill_nb.models import *; from distill_nb.stage import ModelSpec;"
+    code = ("import json, sys; from distill_nb.models import *; from distill_nb.memory import *; from distill_nb.stage import ModelSpec;"
             "from distill_nb.hardware import plan_hardware;"
             "specs = [ModelSpec(**s) for s in json.loads(sys.argv[1])]; plan = plan_hardware('t4');"
             "found = [check_model(s, max_length=64, families=('causal', 'seq2seq')) for s in specs];"
