@@ -36,7 +36,7 @@ class EvaluateParams(StageParams):
     out: str = Field("runs/adhoc/evaluate", description="folder that the stage writes into")
     models: dict[str, ModelRef] = Field(min_length=1, description="name in the tables: model")
     data: DataRef = Field(description="where the test rows come from")
-    task: Task = Field("chat", description="chat, qa, classify or cot: what the rows are for; a recipe fills it in")
+    task: Task = Field("chat", description="chat, qa, classify, cot, seq2seq or text; a recipe fills it in")
     metrics: list[Metric] = Field(["bleu", "rougeL", "perplexity"], min_length=1,
         description="of bleu, chrf, rouge1, rouge2, rougeL, exact_match, f1, perplexity")
     samples: int|None = Field(None, ge=1, description="rows of the test split that are used, from its top; none: all")

@@ -32,7 +32,7 @@ class MergeParams(StageParams):
         description="what is merged: a folder, or `@id` of a stage, with an adapter or a model in it")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description=(
         "of the saved weights; auto: float32 below half a billion parameters, else the machine's"))
-    task: Task = Field("chat", description="chat, qa, classify or cot: what the rows are for; a recipe fills it in")
+    task: Task = Field("chat", description="chat, qa, classify, cot, seq2seq or text; a recipe fills it in")
     proof: DataRef = Field("sample", description="conversations with answers, on which the logits are compared")
     proof_rows: int = Field(8, ge=1, description="how many of them")
     tolerance: float = Field(1.0e-3, gt=0, description=(

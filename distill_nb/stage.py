@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from .core import *
 
 # %% ../nbs/02_stage.ipynb #c023
-Task = Literal["chat", "qa", "classify", "cot"]  # what rows are for: which columns they need, what their answer is
+Task = Literal["chat", "qa", "classify", "cot", "seq2seq", "text"]  # what rows are for, and need
 
 class Strict(BaseModel):
     "A pydantic model that refuses unknown keys and does not repeat what it was given in its errors"
@@ -59,6 +59,9 @@ class ModelSpec(Strict):
     revision: str|None = Field(None, description="commit of a hub model")
     layers: int|list[int]|None = Field(None, description="keep only these layers: how many (evenly spaced) or which")
     quantize: Literal["4bit"]|None = Field(None, description="4bit: load the weights in NF4, a quarter of their size")
+    template: str|None = Field(None, description="chat template in place of its own: `qa` (Q: and A:), or Jinja")
+    file: str|None = Field(None, description="a GGUF file in the folder or the hub repository, to be converted once")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with it: read it first")
 
     @model_validator(mode="before")
     @classmethod

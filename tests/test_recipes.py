@@ -83,7 +83,7 @@ MISTAKES = {  # what is done to the recipe, and what must be said
         ["recipe.yaml: stage 'annotate': cut_off:", "'trim', 'keep' or 'drop'", "'maybe'"]),
     "unknown metric": (put("evaluate", metrics=["rouge"]),
         ["recipe.yaml: stage 'evaluate': metrics", "'rougeL'", "'rouge'"]),
-    "unknown task": (put_top(task="chatt"), ["recipe.yaml: task:", "'chat', 'qa', 'classify' or 'cot'", "'chatt'"]),
+    "unknown task": (put_top(task="chatt"), ["recipe.yaml: task:", "'cot', 'seq2seq' or 'text'", "'chatt'"]),
     "dangling @id": (put("student", data="@anotate"),
         ["recipe.yaml: stage 'student': data: @anotate:", "did you mean 'annotate'?"]),
     "dangling @id in a table": (put("evaluate", models={"a": "@destilled"}),

@@ -30,7 +30,7 @@ class TrainParams(StageParams):
     model: Annotated[ModelSpec, Ref("model")] = Field(
         description="the model that is trained; `quantize: 4bit` freezes it in NF4")
     data: DataRef = Field(description="conversations with answers: a folder, a file, a hub data set")
-    task: Task = Field("chat", description="chat, qa, classify or cot: what the rows are for; a recipe fills it in")
+    task: Task = Field("chat", description="chat, qa, classify, cot, seq2seq or text; a recipe fills it in")
     method: Literal["lora", "full"] = Field("lora", description="lora: an adapter; full: every weight")
     engine: Literal["auto", "unsloth", "trl"] = Field(
         "auto", description="unsloth, trl, or auto: unsloth where it works")
