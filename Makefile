@@ -29,10 +29,10 @@ $(STAMP): settings.ini setup.py
 	@echo "Installing into $(VENV): some minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if nvidia-smi >/dev/null 2>&1; then \
-	  $(PIP) --editable '.[gpu,dev]'; \
+	  $(PIP) --editable '.[gpu,dev,tracking]'; \
 	else \
 	  $(PIP) $(call setting,cpu_torch) && \
-	  $(PIP) --editable '.[dev]' && \
+	  $(PIP) --editable '.[dev,tracking]' && \
 	  $(PIP) --no-deps $(call setting,cpu_unsloth); \
 	fi
 	touch $@

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
-PACKAGED = ["*.ipynb", "recipes/*.yaml", "prompts/*", "data/*"]  # of nbs/
+PACKAGED = ["*.ipynb", "recipes/*", "prompts/*", "configs/*"]  # of nbs/
 NOT_PACKAGED = "index.ipynb"  # it is the README
 
 parser = ConfigParser()
