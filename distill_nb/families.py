@@ -6,12 +6,12 @@
 __all__ = ['PLAIN_TEMPLATE', 'ANSWER_PLACE', 'FAMILIES', 'ENCODERS', 'LAST_LAYERS', 'STATES', 'begins_with_bos',
            'ensure_template', 'fold_system', 'squeeze', 'fill_template', 'render', 'token_ids', 'prompt_and_answer',
            'around_answer', 'prompt_and_target', 'Encoded', 'common_length', 'encode_causal', 'answered',
-           'has_template', 'source_ids', 'target_ids', 'encode_seq2seq', 'encode_text', 'class_of', 'encode_classifier',
-           'encode_masked', 'pad', 'padding_id', 'collate_tokens', 'collate_classes', 'collate_masked', 'Family',
-           'family_of', 'encode', 'collate', 'encode_prompt', 'render_prompt', 'end_of_turn', 'core_model',
-           'causal_states', 'masked_states', 'seq2seq_states', 'class_layer', 'trained_copy', 'classifier_states',
-           'supervised_hidden', 'Head', 'scales', 'roberta_transform', 'transforms', 'plain_linear', 'candidate_heads',
-           'probe', 'head_of']
+           'has_template', 'source_ids', 'target_ids', 'encode_seq2seq', 'encode_text', 'place_of', 'said_labels',
+           'class_of', 'soft_targets', 'encode_classifier', 'encode_masked', 'pad', 'padding_id', 'collate_tokens',
+           'all_soft', 'collate_classes', 'collate_masked', 'Family', 'family_of', 'encode', 'collate', 'encode_prompt',
+           'render_prompt', 'end_of_turn', 'core_model', 'causal_states', 'masked_states', 'seq2seq_states',
+           'class_layer', 'trained_copy', 'classifier_states', 'supervised_hidden', 'Head', 'scales',
+           'roberta_transform', 'transforms', 'plain_linear', 'candidate_heads', 'probe', 'head_of']
 
 # %% ../nbs/05_families.ipynb #h003
 from dataclasses import dataclass, is_dataclass
@@ -225,32 +225,73 @@ def encode_text(
     return kept, len(ids) - len(kept)
 
 # %% ../nbs/05_families.ipynb #f074a
+def place_of(
+    label:Any, # a name, or a number
+    classes:list[str]|None, # names, in the order of the head; none: any number will do
+)->int|None: # its place among the classes; None where it has none
+    "Where a label stands: a name is looked for first, so that names may be numbers as well"
+    name = str(label).strip()
+    if classes and name in classes: return classes.index(name)
+    return int(name) if name.isdigit() and not (classes and int(name) >= len(classes)) else None
+
+def said_labels(
+    row:dict, # of a classifier
+)->list: # the answer, `meta.label` and the likeliest of `meta.probabilities`, as far as they are there
+    "What a row says of its class"
+    last, meta = (row.get("messages") or [{}])[-1], row.get("meta", {})
+    soft = meta.get("probabilities")
+    if isinstance(soft, list): soft = dict(enumerate(soft))
+    answer = last["content"] if last.get("role") == "assistant" else None
+    said = [answer, meta.get("label"), max(soft, key=soft.get) if soft else None]
+    return [label for label in said if label is not None]
+
 def class_of(
-    row:dict, # `meta.label`, or the answer of a conversation
-    classes:list[str]|None=None, # names, in the order of the head
+    row:dict, # of a classifier
+    classes:list[str]|None=None, # names, in the order of the head; none: labels are numbers
 )->int: # its place among the classes
     "A row's class. Raises `DistillError` where it has none, or one that is not among the classes"
-    messages = row.get("messages") or [{}]
-    answer = messages[-1].get("content") if messages[-1].get("role") == "assistant" else None
-    said = row.get("meta", {}).get("label", answer)
-    name = str(said).strip()
-    if classes and name in classes: return classes.index(name)
-    if not name.isdigit() or (classes and int(name) >= len(classes)):
-        known = ", ".join(classes) if classes else "none were given, so it should be a number"
-        raise DistillError(f"the label {said!r} is not one of the classes ({known})")
-    return int(name)
+    said = said_labels(row)
+    named = [label for label in said if str(label).strip() in (classes or ())]
+    places = [place_of(label, classes) for label in named or said]
+    found = next((place for place in places if place is not None), None)
+    if found is not None: return found
+    known = ", ".join(classes) if classes else "none were given, so it should be a number"
+    raise DistillError(f"the label {said[0] if said else None!r} is not one of the classes ({known})")
+
+
+# %% ../nbs/05_families.ipynb #f074d
+def soft_targets(
+    soft:dict|list, # of each class, by name or in the order of the head; of several tasks, a dict of dicts
+    classes:list[str]|None, # names, in the order of the head; none: the order is that of `soft`
+)->list[float]: # in the order of the head; 0 where nothing is said
+    "Probabilities of the classes. Raises `DistillError` where they name others, or are none"
+    if isinstance(soft, list):
+        names = classes or list(range(len(soft)))
+        if len(names) != len(soft): raise DistillError(f"probabilities: {len(soft)} of {len(names)} classes")
+        soft = dict(zip(names, soft))
+    nested = [(task, inner) for task, inner in soft.items() if isinstance(inner, dict)]
+    if nested: soft = {f"{task}: {label}": p for task, inner in nested for label, p in inner.items()}
+    other = [name for name in soft if classes and name not in classes]
+    if other: raise DistillError(f"probabilities: {other[0]!r} is not one of the classes ({', '.join(classes)})")
+    total, whole = sum(soft.values()), max(len(nested), 1)
+    if min(soft.values()) < 0 or abs(total - whole) > 0.01 * whole:
+        raise DistillError(f"probabilities: they add up to {total:.3g}, not to {whole}")
+    return [float(soft.get(name, 0.0)) for name in classes or soft]
 
 def encode_classifier(
     tokenizer:"PreTrainedTokenizerBase", # of an encoder
-    row:dict, # a text with its class in `meta.label` or in the answer, and perhaps `meta.probabilities`
+    row:dict, # a text with its class, or `meta.labels` of several tasks; perhaps `meta.probabilities`
     max_length:int|None=None, # tokens at most; the text's end is cut off
     classes:list[str]|None=None, # names, in the order of the head; none: labels are numbers
-)->Encoded:
+)->Encoded: # `labels` holds one class, or one of each task that the row has a label of
     "A text and its class"
     ids, dropped = encode_text(tokenizer, row, max_length)
-    soft = row.get("meta", {}).get("probabilities")
-    if isinstance(soft, dict): soft = [soft[c] for c in classes] if classes else list(soft.values())
-    return Encoded(ids, [class_of(row, classes)], soft, dropped)
+    meta = row.get("meta", {})
+    soft, several = meta.get("probabilities"), meta.get("labels")
+    said = [{"meta": {"label": f"{task}: {label}"}} for task, label in several.items()] if several else [row]
+    labels = [class_of(one, classes) for one in said]
+    return Encoded(ids, labels, soft_targets(soft, classes) if soft else None, dropped)
+
 
 # %% ../nbs/05_families.ipynb #f077
 def encode_masked(
@@ -294,15 +335,23 @@ def collate_tokens(
     ids, real = pad([e.input_ids for e in encoded], padding_id(tokenizer))
     return {"input_ids": ids, "attention_mask": real, "labels": pad([e.labels for e in encoded], -100)[0]}
 
+def all_soft(
+    encoded:list[Encoded], # of a classifier, some of them with `soft`
+)->list[list[float]]: # a distribution each
+    "Soft labels as they are; a hard one puts everything on its class"
+    width = len(next(e.soft for e in encoded if e.soft))
+    return [e.soft or [float(n in e.labels) for n in range(width)] for e in encoded]
+
 def collate_classes(
     encoded:list[Encoded], # of a classifier
     tokenizer:"PreTrainedTokenizerBase", # its padding
-)->dict[str, "torch.Tensor"]: # input_ids, attention_mask, labels (rows,); soft (rows, classes) where all have it
-    "A batch of a classifier"
+)->dict[str, "torch.Tensor"]: # input_ids, attention_mask, labels (rows,) or (rows, tasks), perhaps soft (rows, classes)
+    "A batch of a classifier; `soft` is there where any row has soft labels"
     import torch
-    batch = collate_tokens(encoded, tokenizer) | {"labels": torch.tensor([e.labels[0] for e in encoded])}
-    soft = [e.soft for e in encoded]
-    return batch | ({"soft": torch.tensor(soft)} if all(s is not None for s in soft) else {})
+    labels = pad([e.labels for e in encoded], -100)[0]
+    batch = collate_tokens(encoded, tokenizer) | {"labels": labels[:, 0] if labels.shape[1] == 1 else labels}
+    return batch | ({"soft": torch.tensor(all_soft(encoded))} if any(e.soft for e in encoded) else {})
+
 
 # %% ../nbs/05_families.ipynb #f083
 def collate_masked(
@@ -465,7 +514,7 @@ def trained_copy(
 
 # %% ../nbs/05_families.ipynb #f113a
 def classifier_states(core:"PreTrainedModel", inputs:dict, labels:"torch.Tensor")->tuple:
-    "What the last layer is given (rows, 1, width), and the class of each row"
+    "What the last layer is given (rows, tasks, width), and the class of each row, a task each"
     import torch
     given = []
     hook = trained_copy(class_layer(core)).register_forward_pre_hook(lambda layer, args: given.append(args[0]))
@@ -475,7 +524,8 @@ def classifier_states(core:"PreTrainedModel", inputs:dict, labels:"torch.Tensor"
     if states.dim() == 3:  # such as Llama: every token is classified, and the last one counts
         last = inputs["attention_mask"].sum(1) - 1
         states = states[torch.arange(len(states), device=states.device), last]
-    return states[:, None], labels[:, None]
+    if labels.dim() == 1: labels = labels[:, None]
+    return states[:, None].expand(-1, labels.shape[1], -1), labels
 
 # %% ../nbs/05_families.ipynb #f114
 STATES = {"causal": causal_states, "seq2seq": seq2seq_states, "classifier": classifier_states,
