@@ -567,9 +567,25 @@ class Head:
     )->"torch.Tensor": # (N,) nats, fp32
         "Negative log-likelihood of each target; the softmax is taken in fp32 whatever the model's format"
         import torch
-        def nats(h, t): return torch.nn.functional.cross_entropy(self.logits(h).float(), t, reduction="none")
+        return torch.cat([self._nats(z, t) for z, t in self._chunks(hidden, targets, chunk)])
+
+    def judge(self,
+        hidden:"torch.Tensor", # (N, width)
+        targets:"torch.Tensor", # (N,)
+        chunk:int|None=None, # as for `nll`
+    )->tuple["torch.Tensor", "torch.Tensor"]: # (N,) nats, fp32; (N,) whether the target is the likeliest
+        "`nll`, and whether the model would have chosen each target itself, of the same logits"
+        import torch
+        parts = [(self._nats(z, t), z.argmax(-1) == t) for z, t in self._chunks(hidden, targets, chunk)]
+        return tuple(map(torch.cat, zip(*parts)))
+
+    def _chunks(self, hidden, targets, chunk):
         chunk = chunk or max(1, 2**24 // len(self.weight))
-        return torch.cat([nats(h, t) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)): yield self.logits(h).float(), t
+
+    def _nats(self, z, t):
+        import torch
+        return torch.nn.functional.cross_entropy(z, t, reduction="none")
 
 # %% ../nbs/05_families.ipynb #f123
 def scales(

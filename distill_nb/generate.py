@@ -122,26 +122,27 @@ def nll_batch(
     loaded:Loaded, # any family but masked
     head:Head, # the model's
     encoded:list[Encoded], # rows
-)->list[tuple[float, int]]: # sum of nats, and tokens
+)->list[tuple[float, int, int]]: # sum of nats, tokens, and how many of them are the likeliest
     "Negative log-likelihoods of one batch"
     import torch
     batch = collate(encoded, loaded.family, loaded.tokenizer)
     with torch.inference_mode():
         on_device = {k: v.to(loaded.model.device) for k, v in batch.items()}
-        nats = head.nll(*supervised_hidden(loaded.model, on_device, loaded.family))
+        nats, likeliest = head.judge(*supervised_hidden(loaded.model, on_device, loaded.family))
     counts = [sum(label != -100 for label in e.labels) for e in encoded]
-    return [(one.double().sum().item(), n) for one, n in zip(nats.split(counts), counts)]
+    rows = zip(nats.split(counts), counts, likeliest.split(counts))
+    return [(loss.double().sum().item(), n, hits.sum().item()) for loss, n, hits in rows]
 
 def completion_nll(
     loaded:Loaded, # any family but masked
     rows:list[dict], # conversations that end with an answer
     batch_size:int=16, # rows together; halved when memory runs out
-)->list[tuple[float, int]]: # sum of nats, and tokens; in the order of `rows`
+)->list[tuple[float, int, int]]: # sum of nats, tokens, how many of them are the likeliest; in the order of `rows`
     "Negative log-likelihood of each answer given its prompt"
     if loaded.family.name == "masked": raise DistillError("a masked model has no likelihood of an answer")
     encoded = [encode(loaded.tokenizer, r, loaded.family) for r in rows]
     order = sorted((i for i, e in enumerate(encoded) if e), key=lambda i: -len(encoded[i].input_ids))
-    head, scores = head_of(loaded.model, loaded.family), [(0.0, 0)] * len(rows)
+    head, scores = head_of(loaded.model, loaded.family), [(0.0, 0, 0)] * len(rows)
     def score(batch): return nll_batch(loaded, head, [encoded[i] for i in batch])
     for batch, done in in_batches(order, batch_size, score):
         for i, one in zip(batch, done): scores[i] = one

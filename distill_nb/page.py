@@ -91,7 +91,7 @@ def fit_scale(
     "Choose the horizontal axis"
     low, high = min(m["low"] for m in scores), max(m["high"] for m in scores)
     if low > 0 and high / low > 50: axes.set_xscale("log")
-    elif metric != "perplexity": axes.set_xlim(left=min(0, low) - 0.02 * (high if high > 0 else 1))
+    elif metric not in ("loss", "perplexity"): axes.set_xlim(left=min(0, low) - 0.02 * (high if high > 0 else 1))
 
 def plot_intervals(
     metrics:dict, # the contract of `metrics.json`

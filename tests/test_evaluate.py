@@ -126,7 +126,7 @@ def models(monkeypatch):
     def judge(loaded, rows, batch_size):
         seen.judged.append(loaded.model.name)
         fail(loaded.model.name, "likelihoods")
-        return [(seen.nll, 2)] * len(rows)
+        return [(seen.nll, 2, 1)] * len(rows)
     monkeypatch.setattr(ev, "load_model", load)
     monkeypatch.setattr(ev, "identity", lambda spec: spec.model_dump())
     monkeypatch.setattr(ev, "generate_batches", generate)
@@ -154,7 +154,7 @@ def test_what_goes_wrong_with_likelihoods_throws_no_answer_away(models, ask):
     models.broken["a"] = "likelihoods"
     with pytest.raises(KeyboardInterrupt): ask("a", nll=True)
     models.broken.clear()
-    assert [tuple(x) for x in ask("a", nll=True)["nll"]] == [(1.0, 2)] * 2
+    assert [tuple(x) for x in ask("a", nll=True)["nll"]] == [(1.0, 2, 1)] * 2
     assert models.asked == ["a"] and models.judged == ["a", "a"]
 
 
@@ -192,7 +192,7 @@ def test_a_damaged_file_is_made_anew(models, ask, tmp_path):
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1e9])
 def test_a_loss_that_is_no_number_names_model_metric_and_row_and_keeps_the_answers(models, ask, loss):
     models.nll = loss
-    with pytest.raises(DistillError, match="a: perplexity: test row 1"): ask("a", nll=True)
+    with pytest.raises(DistillError, match="a: likelihood: test row 1"): ask("a", nll=True)
     models.nll = 1.0
     ask("a", nll=True)
     assert models.asked == ["a"]

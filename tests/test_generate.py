@@ -32,13 +32,13 @@ def loaded(tmp_path_factory):
 
 
 def textbook(loaded, row):
-    "Cross-entropy on full logits over the labels of `encode`, one row, without padding"
+    "Cross-entropy and likeliest tokens on full logits over the labels of `encode`, one row, without padding"
     batch = collate([encode(loaded.tokenizer, row, loaded.family)], loaded.family, loaded.tokenizer)
     with torch.inference_mode(): out = loaded.model(**batch).logits
     logits, labels = out.reshape(-1, out.shape[-1]), batch["labels"].reshape(-1)
     if loaded.family.name == "causal": logits, labels = logits[:-1], labels[1:]
     nats = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    return nats.item(), (labels != -100).sum().item()
+    return nats.item(), (labels != -100).sum().item(), (logits.argmax(-1) == labels).sum().item()
 
 
 @pytest.mark.parametrize("kind", (*CAUSAL, "t5", "bert_cls"))
@@ -66,7 +66,8 @@ def test_a_model_that_learnt_its_rows_by_heart_has_a_perplexity_near_one(loaded,
         optimizer.zero_grad()
     model.model.eval()
     scores = gen.completion_nll(model, ROWS)
-    assert math.exp(sum(s for s, _ in scores) / sum(n for _, n in scores)) < 1.01
+    nats, tokens, hits = map(sum, zip(*scores))
+    assert math.exp(nats / tokens) < 1.01 and hits == tokens
     answers = gen.generate(model, [r["messages"][:1] for r in ROWS], max_new_tokens=30)
     assert [a["text"] for a in answers] == [r["messages"][-1]["content"] for r in ROWS]
     assert {a["finish_reason"] for a in answers} == {"stop"}
@@ -194,6 +195,6 @@ def test_a_likelihood_never_holds_the_logits_of_a_batch(loaded, monkeypatch):
     last = model.model.get_output_embeddings()
     hook = last.register_forward_hook(lambda layer, given, out: own.append(out.shape[:-1].numel()))
     many = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 300}]}] * 4
-    tokens = sum(n for _, n in gen.completion_nll(model, many, batch_size=4))
+    tokens = sum(n for _, n, _ in gen.completion_nll(model, many, batch_size=4))
     hook.remove()
     assert sum(ours) >= tokens > 1000 and max(own) < 10

@@ -12,6 +12,8 @@ from distill_nb import metrics as mt
 from distill_nb.core import DistillError
 from distill_nb.measure import intervals as iv
 
+quick = settings(max_examples=150, deadline=None)  # a busy machine has no say in what is right
+
 SAID = ["The cat sat on the mat today.", "A dog barked at me.", "", "It rains.", "Snow fell all night, quietly."]
 MEANT = ["The cat sat on a mat today.", "The dog barked at me loudly.", "Nothing was said.", "It rains.", "All night the snow fell."]
 # Another right answer to some of the rows; sacreBLEU takes None where a row has none.
@@ -102,14 +104,53 @@ def test_the_best_of_several_references_counts(prediction, references, exact, f1
     assert value(mt.squad_statistic([prediction], [references], "f1")) == pytest.approx(f1)
 
 
+# What a solution comes to: (text, another that means the same) and pairs that must not.
+SAME = [("#### 1,000", "The answer is 1000."), ("Answer: $5", "5.00"), ("Answer: 50%", "#### 50"), ("Answer: 3/4", "so it is .75"),
+        ("Answer: 1 1/2 hours", "1.5"), ("**Final answer:** ১২ টি", "Answer: 12"), ("#### -4", "the answer is \u22124"), ("Answer: ১/২", "0.5"),
+        ("\\boxed{7}", "3 + 4 = 7"), ("Answer: 6 + 6 = 12", "#### 12"), ("Answer: The Blue Boat", "the answer is the blue boat."),
+        ("Answer: 9:40", "Answer: 9:40."), ("first 4, and then 9", "Answer: 9"), ("Answer: 3\nNo, wait.\nAnswer: 4", "#### 4"),
+        ("১,০০,০০০ টাকা", "100000"), ("-$5", "-5"), ("Answer: -1 1/2", "-1.5"), ("Dhaka.", "dhaka")]
+DIFFERENT = [("Answer: 5", "-5"), ("#### 10", "Answer: 100"), ("Answer: 9:40", "Answer: 940"), ("Answer: 1.5", "15"), ("", "Answer: 3"),
+             ("Answer: 3, not 4", "#### 4"), ("Answer: 12 of 15", "12"), ("Answer: 1/0", "1"), ("5-3", "-3"), ("Answer: 50%", "0.5")]
+
+
+@pytest.mark.parametrize("a, b", SAME)
+def test_answers_that_mean_the_same(a, b):
+    assert value(mt.final_answer_statistic([a, b], [b, a])) == 1
+
+
+@pytest.mark.parametrize("a, b", DIFFERENT)
+def test_answers_that_do_not(a, b):
+    assert value(mt.final_answer_statistic([a], [b])) == 0
+
+
+@quick
+@given(st.integers(-10**9, 10**9), st.integers(1, 999))
+def test_a_number_is_the_same_however_it_is_written(whole, thousandths):
+    sign, number = ("-" if whole < 0 else ""), abs(whole) + thousandths / 1000
+    written = [f"{whole + (-1 if whole < 0 else 1) * thousandths / 1000:,.3f}", f"{sign}{abs(whole)} {thousandths}/1000",
+               f"{sign}{abs(whole) * 1000 + thousandths}/1000 km", f"৳{sign}{number:.3f}".translate({48 + i: 0x9e6 + i for i in range(10)})]
+    if whole: assert len({mt.same_answer(w) for w in written}) == 1, written
+
+
+def test_the_best_of_several_final_answers_counts():
+    assert value(mt.final_answer_statistic(["Answer: 2"], [["two", "#### 2"]])) == 1
+
+
 def test_perplexity_of_a_uniform_distribution_is_the_number_of_choices():
     rows = [(n * math.log(49152), n) for n in (1, 7, 30)]
-    assert value(mt.perplexity_statistic(rows)) == pytest.approx(49152)
+    assert value(mt.likelihood_statistic(rows)) == pytest.approx(49152)
+
+
+def test_loss_and_token_accuracy_are_means_over_tokens_and_not_over_rows():
+    rows = [(2.0, 1, 1), (9.0, 9, 3)]
+    assert value(mt.likelihood_statistic(rows, "loss")) == pytest.approx(11 / 10)
+    assert value(mt.likelihood_statistic(rows, "token_accuracy")) == pytest.approx(4 / 10)
 
 
 def test_perplexity_is_weighted_by_tokens():
     rows = [(2.0, 1), (9.0, 9)]
-    assert value(mt.perplexity_statistic(rows)) == pytest.approx(math.exp(11 / 10))
+    assert value(mt.likelihood_statistic(rows)) == pytest.approx(math.exp(11 / 10))
 
 
 # Intervals
@@ -140,12 +181,12 @@ def test_rows_that_do_not_vary_have_an_interval_without_width(scores):
 
 def test_one_row_in_every_metric():
     metrics = list(mt.Metric.__args__)
-    made = iv.compare({"a": mt.statistics(["x y"], ["x z"], metrics, [(2.0, 2)]), "b": mt.statistics([""], ["x z"], metrics, [(4.0, 2)])})
+    made = iv.compare({"a": mt.statistics(["x y"], ["x z"], metrics, [(2.0, 2, 1)]), "b": mt.statistics([""], ["x z"], metrics, [(4.0, 2, 0)])})
     for of in made["models"].values():
         for m in of["metrics"].values():
             assert m["low"] <= m["value"] <= m["high"] and all(math.isfinite(m[k]) for k in ("value", "low", "high"))
     assert all(d["p"] == 1 for d in made["paired"]["differences"]["b"].values())
-    assert all(made["models"]["b"]["metrics"][m]["value"] == 0 for m in metrics if m != "perplexity")
+    assert all(made["models"]["b"]["metrics"][m]["value"] == 0 for m in metrics if m not in ("loss", "perplexity"))
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.integers(0, 5))
@@ -206,7 +247,7 @@ def test_few_rows_cannot_prove_much():
 def test_perplexities_are_compared_on_the_log_scale():
     rng = np.random.default_rng(0)
     bad, good = ([(float(x), 10) for x in rng.normal(mean, 12, 60)] for mean in (90, 20))
-    assert iv.paired(mt.perplexity_statistic(good), mt.perplexity_statistic(bad))["p"] < 0.01
+    assert iv.paired(mt.likelihood_statistic(good), mt.likelihood_statistic(bad))["p"] < 0.01
 
 
 def test_what_a_comparison_writes_is_version_2():

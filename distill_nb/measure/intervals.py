@@ -88,7 +88,7 @@ def score(
     predictions:list[str], # one a row
     references:list[str|list[str]], # one or several a row
     metrics:list[str], # of `Metric`
-    nll:list[tuple[float, int]]|None=None, # for perplexity: what `completion_nll` gives
+    nll:list[tuple[float, int, int]]|None=None, # for `LIKELIHOODS`: what `completion_nll` gives
     **options, # `resamples`, `confidence` and `seed`, as `bootstrap` takes them
 )->dict[str, dict]: # metric: value, low, high, n, backend
     "Score one model's answers, with intervals"
