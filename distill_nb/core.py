@@ -7,7 +7,8 @@ __all__ = ['MARK', 'UNREADABLE', 'KEPT_FROM', 'GRAIN', 'SecretName', 'DistillErr
            'write_text', 'find_nan', 'to_json', 'write_json', 'text_file', 'jsonl_writer', 'write_jsonl', 'read_json',
            'read_line', 'open_text', 'iter_jsonl', 'read_jsonl', 'json_value', 'frame_rows', 'iter_memory', 'digest',
            'digest_rows', 'list_files', 'public_name', 'sha256_file', 'file_stamp', 'file_digest', 'lock',
-           'platform_name', 'cache_dir', 'secret', 'hub_token', 'package_dir', 'shipped_dir']
+           'platform_name', 'cache_dir', 'secret', 'hub_token', 'without_password', 'hub_repository', 'at_place',
+           'Place', 'package_dir', 'shipped_dir']
 
 # %% ../nbs/01_core.ipynb #c003
 import contextlib, difflib, gzip, hashlib, itertools, json, math, os, re, sqlite3, sys, time, zlib
@@ -15,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Iterable, Iterator, Literal
 
+from fastcore.basics import patch
 from pydantic import AfterValidator, SecretStr
 from pydantic_core import PydanticCustomError
 
@@ -350,6 +352,101 @@ def hub_token()->str|None:
     "The hub's access token, where there is one"
     token = secret("HF_TOKEN")
     return token.get_secret_value() if token else None
+
+# %% ../nbs/01_core.ipynb #c045c
+def without_password(
+    text:str, # may hold addresses such as ftp://me:password@host
+)->str: # ftp://***@host
+    "A text that can be shown"
+    return re.sub(r"://[^/\s@]+@", "://***@", text)
+
+def hub_repository(
+    url:str, # hf://OWNER/NAME, hf://models/OWNER/NAME/FOLDER, hf://datasets/OWNER/NAME/FOLDER
+)->tuple[str, str, str]|None: # model, dataset or space; its name; the folder in it. None for any other address
+    "What an address on the hub points at"
+    found = re.fullmatch(r"hf://(?:(model|dataset|space)s/)?(?!buckets/)([^/@]+/[^/@]+)(?:/(.*))?", url.rstrip("/"))
+    return (found[1] or "model", found[2], found[3] or "") if found else None
+
+@contextlib.contextmanager
+def at_place(
+    url:str, # for the error
+):
+    "Say in one sentence what another place refuses: each file system raises its own"
+    try: yield
+    except DistillError: raise
+    except Exception as e:
+        what = next(iter(str(e).splitlines()), "")
+        raise DistillError(without_password(f"sync_to: {url}: cannot be used: {type(e).__name__}: {what}")) from e
+
+
+# %% ../nbs/01_core.ipynb #c045e
+class Place:
+    "A folder elsewhere. What goes wrong there is a `DistillError`"
+    def __init__(self,
+        url:str|Path, # a folder, or an address that fsspec knows
+        folder:str="", # below it
+    ):
+        import fsspec
+        url = str(url)
+        self.url, self.hub, self.below = url, hub_repository(url), folder
+        with at_place(url):
+            if self.hub:
+                from huggingface_hub import HfApi
+                kind, name, path = self.hub
+                HfApi(token=hub_token()).create_repo(name, repo_type=kind, private=True, exist_ok=True)
+                url = f"hf://{kind}s/{name}/{path}".replace("hf://models/", "hf://").rstrip("/")
+            options = {"token": hub_token()} if url.startswith("hf://") else {}
+            self.fs, path = fsspec.core.url_to_fs(url, **options)
+            self.path = f"{path}/{folder}".rstrip("/")
+            self.fs.makedirs(self.path, exist_ok=True)
+            self.files()
+
+    def files(self)->dict[str, int]: # name, as seen from the place: bytes
+        "What is there, at any depth"
+        with at_place(self.url):
+            self.fs.invalidate_cache()
+            try: found = self.fs.find(self.path, detail=True)
+            except FileNotFoundError: return {}  # the hub has no empty folders
+            return {name.removeprefix(self.path).lstrip("/"): f["size"] for name, f in found.items()}
+
+
+# %% ../nbs/01_core.ipynb #c045g
+@patch
+def read(self:Place, name:str)->bytes:
+    "A small file"
+    with at_place(self.url): return self.fs.cat_file(f"{self.path}/{name}")
+
+@patch
+def get(self:Place, name:str, to:Path):
+    "Fetch a file"
+    with at_place(self.url), atomic_path(to) as t: self.fs.get_file(f"{self.path}/{name}", str(t))
+
+@patch
+def put(self:Place,
+    files:dict[str, Path], # name there: file here; in this order
+    remove:Iterable[str]=(), # names there that go before, in this order
+):
+    "Send files"
+    with at_place(self.url):
+        if self.hub: return self._commit(files, remove)
+        for name in remove: self.fs.rm_file(f"{self.path}/{name}")
+        for name, file in files.items():
+            to, size = f"{self.path}/{name}", Path(file).stat().st_size
+            self.fs.makedirs(to.rsplit("/", 1)[0], exist_ok=True)
+            self.fs.put_file(str(file), to)
+            if self.fs.info(to)["size"] != size: raise OSError(f"{name} did not arrive whole")
+
+
+# %% ../nbs/01_core.ipynb #c045h
+@patch
+def _commit(self:Place, files:dict[str, Path], remove:Iterable[str]):
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    kind, repository, folder = self.hub
+    def there(name): return "/".join(part for part in (folder, self.below, name) if part)
+    operations = [CommitOperationDelete(there(name)) for name in remove if name not in files]
+    operations += [CommitOperationAdd(there(name), str(file)) for name, file in files.items()]
+    HfApi(token=hub_token()).create_commit(repository, operations, commit_message="Copy", repo_type=kind)
+
 
 # %% ../nbs/01_core.ipynb #c047
 def package_dir(

@@ -184,6 +184,7 @@ def prepare_folder(
         guard.release()
         was = {}
     now |= {"parts": stage.parts, "parameters": digest(params.result_parameters())}
+    now["why"] = was.get("why") or stage.why
     write_json(folder/"stage.json", now | {"started": was.get("started") or time.time()})
     return folder
 

@@ -204,27 +204,7 @@ def some_checkpoints(folder, *steps):
     return folder
 
 
-def cut_short(file): file.write_bytes(file.read_bytes()[:-10])
 def zeroed(file): file.write_bytes(bytes(file.stat().st_size))
-def gone(file): file.unlink()
-
-
-@pytest.mark.parametrize("tear", [cut_short, zeroed, gone])
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "complete"])
-def test_a_torn_checkpoint_is_passed_over(tear, name, tmp_path, capsys):
-    "Also one that is torn behind its mark, as a power cut leaves it"
-    folder = some_checkpoints(tmp_path, 5, 10, 15)
-    tear(folder/"checkpoint-15"/name)
-    assert sft.last_checkpoint(folder).name == "checkpoint-10"
-    assert "checkpoint-15 is passed over" in capsys.readouterr().out
-    assert not (folder/"checkpoint-15").exists(), "the trainer would keep it in the place of a whole one"
-    assert sft.last_checkpoint(folder).name == "checkpoint-10"
-
-
-def test_without_a_whole_checkpoint_training_starts_from_the_beginning(tmp_path):
-    assert sft.last_checkpoint(tmp_path/"nowhere") is None
-    (tmp_path/"checkpoint-5").mkdir()
-    assert sft.last_checkpoint(tmp_path) is None
 
 
 def test_a_kill_before_the_manifest_trains_no_step_again(base, tmp_path):

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'SHARD', 'ENTRIES', 'PENDING', 'SCHEMA', 'VALUES', 'INSERT', 'NOT_DAMAGE', 'Usage', 'entry', 'check_line',
-           'shard_files', 'write_shard', 'whole_lines', 'read_shard', 'put_aside', 'next_number', 'make_repository',
-           'Copies', 'entry_sum', 'check_database', 'open_database', 'decoded', 'rows_from_both_ends', 'is_entry',
-           'is_pending', 'salvage', 'explained', 'open_or_rescue', 'take_in', 'restore', 'begin', 'end', 'count_lost',
-           'Journal', 'error_of']
+           'shard_files', 'write_shard', 'whole_lines', 'read_shard', 'put_aside', 'next_number', 'Copies', 'entry_sum',
+           'check_database', 'open_database', 'decoded', 'rows_from_both_ends', 'is_entry', 'is_pending', 'salvage',
+           'explained', 'open_or_rescue', 'take_in', 'restore', 'begin', 'end', 'count_lost', 'Journal', 'error_of']
 
 # %% ../../nbs/10_teacher.journal.ipynb #c002
 import asyncio, contextlib, json, os, re, sqlite3, threading, time, uuid, zlib
@@ -122,29 +121,13 @@ def next_number(
     return 1 + max([int(f.stem.split("-")[1]) for f in files], default=0)
 
 # %% ../../nbs/10_teacher.journal.ipynb #c013
-def make_repository(
-    url:str, # hf://datasets/OWNER/NAME/FOLDER
-):
-    "See that the hub has a private data set of this name"
-    from huggingface_hub import HfApi
-    name = "/".join(url.removeprefix("hf://datasets/").split("/")[:2])
-    HfApi(token=hub_token()).create_repo(name, repo_type="dataset", private=True, exist_ok=True)
-
 class Copies:
     "Shards in another place"
     def __init__(self,
         sync_to:str, # a folder, or a URL that fsspec knows
     ):
-        import fsspec
-        options = {"token": hub_token()} if sync_to.startswith("hf://") else {}
-        try:
-            if sync_to.startswith("hf://datasets/"): make_repository(sync_to)
-            self.fs, self.path = fsspec.core.url_to_fs(sync_to, **options)
-            self.fs.makedirs(self.path, exist_ok=True)
-            files = [f for f in self.fs.ls(self.path, detail=True) if f["type"] == "file"]
-        except Exception as e:  # each file system raises its own
-            raise DistillError(f"sync_to: {sync_to}: cannot be used: {type(e).__name__}: {e}") from e
-        self.there = {Path(f["name"]).name: f["size"] for f in files}  # name: bytes
+        self.place = Place(sync_to)
+        self.there = self.place.files()  # name: bytes
 
 # %% ../../nbs/10_teacher.journal.ipynb #c013b
 @patch
@@ -155,15 +138,15 @@ def bring(self:Copies, folder:Path):
         here = folder/name
         if here.exists() and (here.stat().st_size == size or not read_shard(here)[1]): continue
         put_aside(here)
-        with atomic_path(here) as t: self.fs.get_file(f"{self.path}/{name}", str(t))
+        self.place.get(name, here)
 
 @patch
 def send(self:Copies, folder:Path):
-    "Copy the shards that are not there, or not whole. Raises whatever the file system raises"
+    "Copy the shards that are not there, or not whole. Raises `DistillError`"
     for file in shard_files(folder):
         if self.there.get(file.name) == file.stat().st_size: continue
         if file.name in self.there and read_shard(file)[1]: continue  # torn here: what is there may be whole
-        self.fs.put_file(str(file), f"{self.path}/{file.name}")
+        self.place.put({file.name: file})
         self.there[file.name] = file.stat().st_size
 
 # %% ../../nbs/10_teacher.journal.ipynb #c015
@@ -391,7 +374,7 @@ def export(self:Journal):
 @patch
 def _send(self:Journal):
     try: self.copies.send(self.folder); self.unsynced = ""
-    except Exception as e: self.unsynced = f"{type(e).__name__}: {e}"  # each file system raises its own; tried again
+    except Exception as e: self.unsynced = str(e)  # whatever it is, it is tried again
 
 @patch
 def close(self:Journal):
