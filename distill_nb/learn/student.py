@@ -45,7 +45,7 @@ def student_folder(
 )->str: # a folder or a hub name
     "Where the student can be loaded from; a shrunk one is made first. Raises `DistillError` for an adapter"
     params.ready()
-    if not params.model.layers: return locate_model(params.model.name)[1]
+    if not params.model.layers: return locate_model(params.model)[1]
     if not (folder/"config.json").exists():
         whole = load_model(params.model.model_copy(update={"quantize": None}), dtype="float32")
         partial = folder.with_name("partial")
@@ -67,14 +67,14 @@ def load_with_unsloth(
     model, tokenizer = FastLanguageModel.from_pretrained(
         path, revision=params.model.revision, token=hub_token(), use_exact_model_name=True,
         max_seq_length=params.max_length, dtype=dtype, load_in_4bit=params.model.quantize == "4bit",
-        full_finetuning=params.method == "full", **SAFE)
+        full_finetuning=params.method == "full", trust_remote_code=params.model.trust_remote_code)
     family = family_of(model.config, params.model)
     if params.method == "lora":
         model = FastLanguageModel.get_peft_model(
             model, r=params.lora_r, lora_alpha=params.lora_alpha, lora_dropout=params.lora_dropout,
             target_modules=lora_targets(model), random_state=params.seed,
             use_gradient_checkpointing="unsloth" if params.gradient_checkpointing else False)
-    return Loaded(model, ensure_template(tokenizer), family, params.model.quantize)
+    return Loaded(model, set_template(tokenizer, params.model.template), family, params.model.quantize)
 
 # %% ../../nbs/22_learn.student.ipynb #c016b
 def load_with_peft(
@@ -86,7 +86,7 @@ def load_with_peft(
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     import torch
     torch.manual_seed(params.seed)
-    spec = ModelSpec(name=path, revision=params.model.revision, quantize=params.model.quantize)
+    spec = params.model.model_copy(update={"name": path, "layers": None, "file": None})
     loaded = load_model(spec, plan, training_dtype(params.method, plan))
     model, again = loaded.model, params.gradient_checkpointing
     if spec.quantize: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=again)

@@ -99,7 +99,7 @@ def use_vllm(
     old = hardware.device != "cuda" or tuple(hardware.capability or (0, 0)) < (7, 0)
     if importlib.util.find_spec("vllm") is None: why_not = "it is not installed"
     elif old: why_not = "it needs an NVIDIA GPU of capability 7.0 or more"
-    elif spec.layers or locate_model(spec.name)[0] == "adapter": why_not = "it takes whole models only"
+    elif spec.layers or locate_model(spec)[0] == "adapter": why_not = "it takes whole models only"
     else: why_not = ""
     if engine == "vllm" and why_not: raise DistillError(f"engine: vllm: {why_not}; set engine: transformers")
     return engine != "transformers" and not why_not
@@ -111,8 +111,8 @@ def load_vllm(
 )->"vllm.LLM":
     "Load a model into vLLM"
     from vllm import LLM
-    return LLM(model=locate_model(spec.name)[1], revision=spec.revision, dtype=plan.dtype, seed=seed,
-               quantization="bitsandbytes" if spec.quantize else None, trust_remote_code=False)
+    return LLM(model=locate_model(spec)[1], revision=spec.revision, dtype=plan.dtype, seed=seed,
+               quantization="bitsandbytes" if spec.quantize else None, trust_remote_code=spec.trust_remote_code)
 
 # %% ../../nbs/15_teacher.local.ipynb #c008b
 def vllm_entries(
