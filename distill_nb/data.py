@@ -9,8 +9,9 @@ __all__ = ['READERS', 'SPLITS', 'ALIASES', 'TASKS', 'LABELS', 'TEXTS', 'ROLES', 
            'iter_rows', 'iter_file', 'pick', 'aliases_of', 'usual_columns', 'find_columns', 'text_at', 'check_message',
            'check_messages', 'build_messages', 'conversation', 'as_messages', 'row_text', 'group_of', 'hash_rank',
            'deal_splits', 'question_key', 'unite', 'is_answered', 'take_row', 'take_rows', 'join_repeats',
-           'refuse_repeats', 'order_rows', 'as_spec', 'data_files', 'data_identity', 'rows_digest', 'kept_stamp',
-           'Rows', 'fill_standing', 'repeats_allowed', 'fill_database', 'fill_file', 'open_rows', 'cached_place']
+           'refuse_repeats', 'skipped_rows', 'order_rows', 'as_spec', 'data_files', 'data_identity', 'rows_digest',
+           'kept_stamp', 'Rows', 'fill_standing', 'repeats_allowed', 'fill_database', 'fill_file', 'open_rows',
+           'cached_place']
 
 # %% ../nbs/04_data.ipynb #c003
 import csv, hashlib, itertools, json, math, os, re, sqlite3
@@ -519,15 +520,28 @@ def refuse_repeats(
     raise DistillError(f"{where}: {said} ask the same{more}; what was trained on tests nothing: {advice}")
 
 # %% ../nbs/04_data.ipynb #c027e
+def skipped_rows(
+    db:sqlite3.Connection, # after `take_rows`
+    spec:DataSpec, # skip
+)->int: # at least `skip`: a group, and rows that ask the same, are passed over whole
+    "How many rows to pass over. Raises `DistillError` where that leaves none"
+    if not spec.skip: return 0
+    last = "select a from raw order by a, b limit 1 offset ?"
+    passed, left = db.execute(f"select sum(a <= last), sum(a > last) from raw, (select ({last}) as last)",
+                              [spec.skip - 1]).fetchone()
+    if left: return passed
+    raise DistillError(f"{spec.path}: skip: {spec.skip} leaves no row")
+
 def order_rows(
     db:sqlite3.Connection, # after `take_rows`
     spec:DataSpec, # samples, validation, test
     standing:bool=False, # whether the splits stand already
 ):
     "Fill the table `rows`: chosen, in order, each with its split"
-    total, = db.execute("select count(*) from raw").fetchone()
+    passed = skipped_rows(db, spec)
+    total, = db.execute("select count(*) - ? from raw", [passed]).fetchone()
     if spec.samples and not standing: total = min(total, spec.samples)
-    chosen = db.execute("select a, id, answered, bytes, row from raw order by a, b limit ?", [total])
+    chosen = db.execute("select a, id, answered, bytes, row from raw order by a, b limit ? offset ?", [total, passed])
     for_groups, for_rows = itertools.tee(chosen)  # read side by side: neither is ever far ahead
     groups = (a for a, *_ in for_groups)
     splits = (SPLITS[int(a)] for a in groups) if standing else deal_splits(groups, total, spec)
@@ -554,7 +568,7 @@ def data_files(
 
 # %% ../nbs/04_data.ipynb #c030b
 # the options that change rows, wherever these lie
-CHOICES = {"columns", "group", "samples", "validation", "test", "seed", "repeats"}
+CHOICES = {"columns", "group", "skip", "samples", "validation", "test", "seed", "repeats"}
 
 def data_identity(
     data:Any, # as for `open_rows`
@@ -619,7 +633,7 @@ class Rows:
 # %% ../nbs/04_data.ipynb #c028b
 def fill_standing(db:sqlite3.Connection, spec:DataSpec, task:Task, files:dict[str, Path])->Counter:
     "Read a folder whose splits stand already. Raises `DistillError` for options that would split it again"
-    for option in ("samples", "group", "validation", "test"):
+    for option in ("skip", "samples", "group", "validation", "test"):
         if getattr(spec, option) == DataSpec.model_fields[option].default: continue
         advice = f"leave {option} out, or name one file to have it split"
         raise DistillError(f"{spec.path}: {option}: the splits of a folder stand already; {advice}")

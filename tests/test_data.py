@@ -695,3 +695,25 @@ def test_many_rows_take_little_more_memory_than_a_few(name, here):
         count, peak[n] = map(int, done.stdout.split())
         assert count == n
     assert peak[10_000] - peak[200] < 20_000, f"{peak} kilobytes, and the rows alone are 36,000"
+
+
+# Other rows of the same place
+
+@quick
+@given(st.integers(1, 30), st.integers(0, 5), st.booleans())
+def test_what_is_skipped_is_what_another_stage_took(took, validation, grouped):
+    rows = [{"id": f"r{n}", "prompt": f"question {n // 2 if n < 10 else n}?", "topic": str(n % 7)} for n in range(40)]  # ten ask what another asks
+    options = {"rows": rows, "group": "topic" if grouped else None, "validation": 0, "test": 0}
+    try: others = data.open_rows(options | {"skip": took, "validation": validation, "test": 2})
+    except DistillError as e:
+        assert "skip" in str(e) or "leave none to train on" in str(e)
+        return
+    with others, data.open_rows(options | {"samples": max(took, 3)}) as first:
+        asked = [{data.question_key(r["messages"]) for r in found.rows()} for found in (first, others)]
+        assert took < 3 or not asked[0] & asked[1], "a question that the first stage took is asked again"
+        assert sum(others.counts.values()) + took <= 40
+
+
+def test_skipping_every_row_is_refused():
+    rows = [{"prompt": f"question {n}?"} for n in range(5)]
+    with pytest.raises(DistillError, match="skip: 5 leaves no row"): data.open_rows({"rows": rows, "skip": 5})

@@ -140,11 +140,13 @@ def given_data(
     recipe:Recipe, # its data
     place:str, # file, stage and key, for errors
 )->Any:
-    "Put the recipe's data in the place of `@data`. Raises `DistillError` where it has none"
+    "Put the recipe's data in the place of `@data`, also as a `path` beside changes. Raises `DistillError` without any"
     def own(id):
         if id != "data": return f"@{id}"
         if recipe.data is None: raise DistillError(f"{place}: @data: the recipe has no data")
         return recipe.data.model_dump()
+    if isinstance(value, dict) and value.get("path") == "@data":  # the same rows, with what is changed
+        return own("data") | {k: v for k, v in value.items() if k != "path"}
     return replace_pointers(value, own)
 
 # %% ../../nbs/61_run.check.ipynb #c021b

@@ -173,10 +173,11 @@ def answer_by_batch(
 class Recording(TeacherSpec):
     "A finished annotation, played back"
     path_fields: ClassVar = ("recording",)
-    recording: str = Field(min_length=1, description="folder of a finished annotation, or its shards")
+    recording: str = Field(min_length=1, description="folder of a finished annotation, or of its shards, or one shard")
 
     @property
     def shards(self)->list[Path]:
+        if Path(self.recording).is_file(): return [Path(self.recording)]
         folders = (Path(self.recording), Path(self.recording)/"shards")
         return sorted(p for folder in folders for p in folder.glob("shard-*.jsonl"))
 
