@@ -7,12 +7,12 @@ __all__ = ['PLAIN_TEMPLATE', 'ANSWER_PLACE', 'QA_TEMPLATE', 'NAMED_TEMPLATES', '
            'begins_with_bos', 'ensure_template', 'fold_system', 'squeeze', 'fill_template', 'render', 'token_ids',
            'prompt_and_answer', 'around_answer', 'prompt_and_target', 'template_text', 'set_template', 'Encoded',
            'common_length', 'encode_causal', 'answered', 'has_template', 'source_ids', 'target_ids', 'encode_seq2seq',
-           'encode_text', 'place_of', 'said_labels', 'class_of', 'soft_targets', 'encode_classifier', 'encode_masked',
-           'pad', 'padding_id', 'collate_tokens', 'all_soft', 'collate_classes', 'collate_masked', 'Family',
-           'family_of', 'encode', 'collate', 'encode_prompt', 'render_prompt', 'end_of_turn', 'core_model',
-           'causal_states', 'masked_states', 'seq2seq_states', 'class_layer', 'trained_copy', 'classifier_states',
-           'supervised_hidden', 'Head', 'scales', 'roberta_transform', 'transforms', 'plain_linear', 'candidate_heads',
-           'probe', 'head_of']
+           'encode_text', 'place_of', 'said_labels', 'class_of', 'soft_targets', 'labels_by_task', 'row_classes',
+           'encode_classifier', 'name_classes', 'class_names', 'tasks_of', 'encode_masked', 'pad', 'padding_id',
+           'collate_tokens', 'all_soft', 'collate_classes', 'collate_masked', 'Family', 'family_of', 'encode',
+           'collate', 'encode_prompt', 'render_prompt', 'end_of_turn', 'core_model', 'causal_states', 'masked_states',
+           'seq2seq_states', 'class_layer', 'trained_copy', 'classifier_states', 'supervised_hidden', 'Head', 'scales',
+           'roberta_transform', 'transforms', 'plain_linear', 'candidate_heads', 'probe', 'head_of']
 
 # %% ../nbs/05_families.ipynb #h003
 from dataclasses import dataclass, is_dataclass
@@ -318,6 +318,26 @@ def soft_targets(
         raise DistillError(f"probabilities: they add up to {total:.3g}, not to {whole}")
     return [float(soft.get(name, 0.0)) for name in classes or soft]
 
+
+# %% ../nbs/05_families.ipynb #f074e
+def labels_by_task(
+    row:dict, # of a classifier
+)->dict[str, str]: # empty for a row of one task
+    "The label of each task: what `meta.labels` says, or the likeliest of each task's probabilities"
+    meta = row.get("meta", {})
+    soft = meta.get("probabilities")
+    nested = soft if isinstance(soft, dict) and any(isinstance(p, dict) for p in soft.values()) else {}
+    return {task: max(p, key=p.get) for task, p in nested.items()} | (meta.get("labels") or {})
+
+def row_classes(
+    row:dict, # of a classifier
+    classes:list[str]|None=None, # names, in the order of the head
+)->list[int]: # one, or one of each task
+    "A row's classes. Raises `DistillError` for one that is not among them"
+    several = labels_by_task(row)
+    said = [{"meta": {"label": f"{task}: {label}"}} for task, label in several.items()]
+    return [class_of(one, classes) for one in said or [row]]
+
 def encode_classifier(
     tokenizer:"PreTrainedTokenizerBase", # of an encoder
     row:dict, # a text with its class, or `meta.labels` of several tasks; perhaps `meta.probabilities`
@@ -326,11 +346,36 @@ def encode_classifier(
 )->Encoded: # `labels` holds one class, or one of each task that the row has a label of
     "A text and its class"
     ids, dropped = encode_text(tokenizer, row, max_length)
-    meta = row.get("meta", {})
-    soft, several = meta.get("probabilities"), meta.get("labels")
-    said = [{"meta": {"label": f"{task}: {label}"}} for task, label in several.items()] if several else [row]
-    labels = [class_of(one, classes) for one in said]
-    return Encoded(ids, labels, soft_targets(soft, classes) if soft else None, dropped)
+    soft = row.get("meta", {}).get("probabilities")
+    return Encoded(ids, row_classes(row, classes), soft_targets(soft, classes) if soft else None, dropped)
+
+
+# %% ../nbs/05_families.ipynb #f074g
+def name_classes(
+    config:"PretrainedConfig", # of a classifier; changed in place
+    names:list[str], # in the order of the head
+    tasks:dict[str, int]|None=None, # how many of them belong to each task; none: there is one task
+):
+    "Note the classes in a model's configuration"
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    if tasks and len(tasks) > 1: config.tasks = tasks
+
+def class_names(
+    model:Any, # a classifier, or its configuration
+)->list[str]: # in the order of its head
+    "The classes of a model"
+    names = getattr(model, "config", model).id2label
+    return [names[i] for i in range(len(names))]
+
+def tasks_of(
+    model:Any, # a classifier, or its configuration
+)->dict[str, range]: # each task's rows of the head; the only one is called ""
+    "The tasks of a model"
+    config, places, start = getattr(model, "config", model), {}, 0
+    for task, count in (getattr(config, "tasks", None) or {"": len(config.id2label)}).items():
+        places[task] = range(start, start + count)
+        start += count
+    return places
 
 
 # %% ../nbs/05_families.ipynb #f077

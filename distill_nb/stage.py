@@ -142,6 +142,12 @@ def ready(self:StageParams,
     "Raises `DistillError` for what is known to be wrong before anything is paid; data and models are checked for it"
 
 @patch
+def check_data(self:StageParams,
+    rows:"Rows", # what the stage will read, from 04_data's `open_rows`
+):
+    "Raises `DistillError` where the rows are not such as the stage can use; that its splits are there is checked for it"
+
+@patch
 def result_parameters(self:StageParams)->dict: # all but `out` and `runtime`
     "The parameters that a result depends on"
     return self.model_dump(mode="json", exclude={"out", *self.runtime})

@@ -372,6 +372,7 @@ def check_rows(
     if (rows := rows_for(stage, stages, opened)) is None: return
     answered = params.needs_answers and not pointers(params.data)  # a stage that makes data sees to it
     for split in params.needs_splits: rows.require(split, answered)
+    if not pointers(params.data): params.check_data(rows)
 
 def check_models(
     params:StageParams, # a stage's
