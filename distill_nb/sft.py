@@ -47,12 +47,12 @@ def ready(self:SftParams, keys=True):
 def estimate(self:SftParams, plan, rows, origin):
     "For a plan: model, trained parameters, peak of memory, steps"
     length = min(self.max_length, rows.longest("train") // 2)
-    rank = self.lora_r if self.method == "lora" else None
+    rank = None if self.method == "full" else self.lora_r
     model = profile(origin(self.model)).model_copy(update={"quantize": self.model.quantize})
-    need = training_memory(model, plan, self.batch_size, length, rank, self.gradient_checkpointing)
-    steps, together = count_steps(self, rows.counts["train"]), self.batch_size * self.gradient_accumulation
+    need = training_memory(model, plan, self.batch_size, length, rank, self.gradient_checkpointing is True)
+    steps = count_steps(self, rows.counts["train"])
     return {"model": f"student {self.model}", "dtype": self.model.quantize or plan.train_dtype,
-            "note": f"{counted(steps, 'step')} of {counted(together, 'row')}"} | need
+            "note": f"{counted(steps, 'step')} of {counted(self.batch_size, 'row')}"} | need
 
 # %% ../nbs/25_sft.ipynb #c024
 def trainer_class(
@@ -71,17 +71,15 @@ def make_trainer(
     loaded:Loaded, # from one of the loaders
     train:"Dataset", # from `training_sets`
     validation:"Dataset|None", # the same
+    micro:int, # rows a forward pass
 )->"SFTTrainer":
     "Put model, rows and schedule together; token ids and labels reach the model as they are"
-    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig
     loaded.tokenizer.padding_side = "right"
-    arguments = training_arguments(params, plan, len(train), validation is not None)
+    arguments = training_arguments(params, plan, len(train), validation is not None, micro)
     as_it_is = {"skip_prepare_dataset": True}
     config = SFTConfig(**arguments, max_length=params.max_length, packing=False, dataset_kwargs=as_it_is)
     trainer = trainer_class(plan)(
         model=loaded.model, processing_class=loaded.tokenizer, args=config, train_dataset=train,
-        eval_dataset=validation, data_collator=partial(collate, family=loaded.family, tokenizer=loaded.tokenizer),
-        callbacks=[progress_callback(scaled=plan.autocast == "fp16")])
-    trainer.remove_callback(PrinterCallback)
+        eval_dataset=validation, data_collator=partial(collate, family=loaded.family, tokenizer=loaded.tokenizer))
     return trainer

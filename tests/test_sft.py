@@ -43,7 +43,12 @@ def trainer_for(base, folder, train=ROWS, validation=(), **more):
     if validation: write_jsonl(folder/"rows"/"validation.jsonl", validation)
     loaded = sft.load_with_peft(params, PLAN, str(base))
     with open_rows(str(folder/"rows")) as rows: sets = sft.training_sets(rows, loaded, params.max_length, folder/"checkpoints")
-    return sft.make_trainer(params, PLAN, loaded, *sets), params, loaded
+    return sft.make_trainer(params, PLAN, loaded, *sets, micro=params.batch_size), params, loaded
+
+
+def train(trainer, params):
+    "Train what is already built"
+    return sft.run_training(lambda micro: trainer, params, PLAN).curve
 
 
 def learnt(batch): return sorted(tuple(labels[labels != -100].tolist()) for labels in batch["labels"])
@@ -79,7 +84,7 @@ def textbook_loss(base, batch):
 def test_the_loss_is_the_cross_entropy_of_those_tokens(base, tmp_path):
     trainer, params, _ = trainer_for(base, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
-    curve = sft.train_student(trainer, params)
+    curve = train(trainer, params)
     assert curve[0]["loss"] == pytest.approx(textbook_loss(base, batch), abs=1e-4)
 
 
@@ -94,9 +99,9 @@ from distill_nb.hardware import plan_hardware
 params = sft.SftParams(out=out, model=base, data=data, engine="unsloth", batch_size=3, max_length=256, max_steps=1, learning_rate=1e-9, lora_r=2)
 loaded = sft.load_with_unsloth(params, plan_hardware("cpu"), base)
 with open_rows(data) as rows: train, validation = sft.training_sets(rows, loaded, 256, Path(out)/"checkpoints")
-trainer = sft.make_trainer(params, plan_hardware("cpu"), loaded, train, validation)
+trainer = sft.make_trainer(params, plan_hardware("cpu"), loaded, train, validation, 3)
 batch = {k: v.tolist() for k, v in next(iter(trainer.get_train_dataloader())).items()}
-curve = sft.train_student(trainer, params)
+curve = sft.run_training(lambda micro: trainer, params, plan_hardware("cpu")).curve
 final = sft.save_student(params, loaded)
 targets = json.loads((final/"adapter_config.json").read_text())["target_modules"]
 print("RESULT" + json.dumps({"batch": batch, "curve": curve, "module": type(trainer).__module__, "targets": sorted(targets)}))
@@ -155,7 +160,7 @@ def test_a_run_that_diverges_stops_and_is_not_saved(method, steps, validation, b
     trainer, params, loaded = trainer_for(base, tmp_path, validation=validation, method=method, max_steps=steps, learning_rate=1e30,
                                           warmup_ratio=0)
     with pytest.raises(DistillError, match=r"training diverged: at step [12], .* is no longer a number: lower learning_rate"):
-        sft.train_student(trainer, params)
+        train(trainer, params)
     assert not (tmp_path/"train_log.jsonl").exists()
     assert not [p for p in tmp_path.glob("checkpoints/checkpoint-*/complete") if sft.damage(p.parent)]
 
@@ -175,7 +180,7 @@ def test_a_checkpoint_with_nan_is_never_marked(base, tmp_path):
         def on_step_end(self, args, state, control, **kw):
             if state.global_step == 2: spoilt.data.fill_(math.nan)
     trainer.callback_handler.callbacks.insert(0, Spoil())
-    with pytest.raises(DistillError, match="at step 2"): sft.train_student(trainer, params)
+    with pytest.raises(DistillError, match="at step 2"): train(trainer, params)
     assert sft.last_checkpoint(tmp_path/"checkpoints") is None
 
 
@@ -212,7 +217,7 @@ def test_a_kill_before_the_manifest_trains_no_step_again(base, tmp_path):
     more = dict(validation=OTHERS, max_steps=3, save_steps=2, learning_rate=1e-3)
     trainer, params, loaded = trainer_for(base, tmp_path, **more)
     open_stage(params, "sft")
-    curve = sft.train_student(trainer, params)
+    curve = train(trainer, params)
     first = (sft.save_student(params, loaded)/"adapter_model.safetensors").read_bytes()
     assert sft.last_checkpoint(tmp_path/"checkpoints").name == "checkpoint-3"
 
@@ -220,7 +225,7 @@ def test_a_kill_before_the_manifest_trains_no_step_again(base, tmp_path):
     open_stage(params, "sft")
     steps = []
     trainer.training_step = lambda *a, **k: steps.append(1)
-    again = sft.train_student(trainer, params)
+    again = train(trainer, params)
     assert not steps and [list(p) for p in again] == [list(p) for p in curve]
     assert [list(p.values()) for p in again] == [pytest.approx(list(p.values())) for p in curve]
     assert (sft.save_student(params, loaded)/"adapter_model.safetensors").read_bytes() == first
@@ -245,7 +250,7 @@ def test_checkpoints_stay_until_the_manifest_is_in_place(tmp_path):
 def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(base, tmp_path):
     more = dict(max_steps=4, save_steps=1, learning_rate=1e-2)
     whole, params, loaded = trainer_for(base, tmp_path/"whole", **more)
-    curve = sft.train_student(whole, params)
+    curve = train(whole, params)
     wanted = {n: p.clone() for n, p in loaded.model.named_parameters() if p.requires_grad}
 
     half, params, _ = trainer_for(base, tmp_path/"half", **more)
@@ -254,11 +259,11 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(base, tmp_p
         def on_step_end(self, args, state, control, **kw):
             if state.global_step == 3: raise KeyboardInterrupt
     half.add_callback(Stop())
-    with pytest.raises(KeyboardInterrupt): sft.train_student(half, params)
+    with pytest.raises(KeyboardInterrupt): train(half, params)
     zeroed(tmp_path/"half"/"checkpoints"/"checkpoint-2"/"optimizer.pt")
 
     rest, params, loaded = trainer_for(base, tmp_path/"half", **more)
-    assert [p["step"] for p in sft.train_student(rest, params)] == [1, 2, 3, 4]
+    assert [p["step"] for p in train(rest, params)] == [1, 2, 3, 4]
     for name, weight in loaded.model.named_parameters():
         if weight.requires_grad: assert torch.allclose(weight, wanted[name], atol=1e-6), name
     assert read_jsonl(tmp_path/"half"/"train_log.jsonl")[-1]["loss"] == pytest.approx(curve[-1]["loss"], abs=1e-5)
@@ -299,7 +304,7 @@ def test_four_bit_weights_cannot_be_trained_whole():
 def test_a_four_bit_base_is_trained_under_its_adapter(base, tmp_path):
     base = tiny.make(tmp_path/"base", "chatml", hidden_size=64, intermediate_size=128)  # NF4 comes in blocks of 64
     trainer, params, loaded = trainer_for(base, tmp_path, model=ModelSpec(name=str(base), quantize="4bit"), learning_rate=1e-3)
-    curve = sft.train_student(trainer, params)
+    curve = train(trainer, params)
     final = sft.save_student(params, loaded)
     assert loaded.quantize == "4bit" and math.isfinite(curve[0]["loss"])
     assert read_json(final/"base.json")["quantize"] == "4bit"

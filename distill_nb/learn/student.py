@@ -69,11 +69,11 @@ def load_with_unsloth(
         max_seq_length=params.max_length, dtype=dtype, load_in_4bit=params.model.quantize == "4bit",
         full_finetuning=params.method == "full", trust_remote_code=params.model.trust_remote_code)
     family = family_of(model.config, params.model)
-    if params.method == "lora":
+    if params.method != "full":
         model = FastLanguageModel.get_peft_model(
             model, r=params.lora_r, lora_alpha=params.lora_alpha, lora_dropout=params.lora_dropout,
             target_modules=lora_targets(model), random_state=params.seed,
-            use_gradient_checkpointing="unsloth" if params.gradient_checkpointing else False)
+            use_gradient_checkpointing="unsloth" if params.gradient_checkpointing is True else False)
     return Loaded(model, set_template(tokenizer, params.model.template), family, params.model.quantize)
 
 # %% ../../nbs/22_learn.student.ipynb #c016b
@@ -88,9 +88,9 @@ def load_with_peft(
     torch.manual_seed(params.seed)
     spec = params.model.model_copy(update={"name": path, "layers": None, "file": None})
     loaded = load_model(spec, plan, training_dtype(params.method, plan))
-    model, again = loaded.model, params.gradient_checkpointing
+    model, again = loaded.model, params.gradient_checkpointing is True
     if spec.quantize: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=again)
-    if params.method == "lora":
+    if params.method != "full":
         model = get_peft_model(model, LoraConfig(
             r=params.lora_r, lora_alpha=params.lora_alpha, lora_dropout=params.lora_dropout,
             target_modules=lora_targets(model), task_type=loaded.family.peft_task))
@@ -103,7 +103,7 @@ def save_student(
 )->Path: # `adapter/` or `model/`
     "Save what was trained, as safetensors. Raises `DistillError` where it is not made of numbers"
     check_numbers(loaded.model, None)
-    kind = "adapter" if params.method == "lora" else "model"
+    kind = "model" if params.method == "full" else "adapter"
     partial, final = Path(params.out)/f".{kind}", Path(params.out)/kind
     for folder in (partial, final): shutil.rmtree(folder, ignore_errors=True)
     loaded.tokenizer.padding_side = "left"
