@@ -795,7 +795,7 @@ def load_model(
     if kind == "adapter": return load_adapted(spec, path, plan, dtype)
     family = FAMILIES["classifier"] if labels else family_of(model_config(spec), spec)
     options = {"dtype": getattr(torch, dtype or plan.dtype)} | quantization(spec.quantize, plan)
-    if plan.hardware.device == "cuda": options["device_map"] = {"": 0}
+    if plan.hardware.device == "cuda": options["device_map"] = {"": torch.cuda.current_device()}
     model, tokenizer = load_weights(spec, path, family, labels, new_head, **options), load_tokenizer(spec)
     if spec.layers: shrink(model, spec.layers)
     if labels and model.config.pad_token_id is None:  # a classifier reads the last token that is no padding

@@ -13,11 +13,8 @@ from pydantic import Field
 
 from conftest import environment, until, wait_gone
 from distill_nb.core import DistillError, read_json
-from distill_nb.hardware import get_hardware
 from distill_nb.learn.launch import accelerate_config, count_devices, killed_process, launch, launch_command, read_outcome, write_outcome
 from distill_nb.stage import StageParams, StagePaused
-
-CPU = get_hardware("cpu")
 
 STAGE = """
 import os, signal, sys, time
@@ -75,7 +72,7 @@ def test_two_processes_get_the_parameters_and_the_first_gives_the_result(here, c
     "In any script, and without a secret or a parameter in a command"
     monkeypatch.setenv("HF_TOKEN", "hf_not_to_be_seen")
     command = launch_command("own_stage:work", here, 2)
-    result = launch(Params(out=str(here), words=["two words", "ভাত", "--flag"]), "own_stage:work", 2, CPU)
+    result = launch(Params(out=str(here), words=["two words", "ভাত", "--flag"]), "own_stage:work", 2)
     assert result == {"count": 2, "words": ["two words", "ভাত", "--flag"]}
     said = capsys.readouterr().out
     assert "process 0 of 2: two words ভাত --flag\n" in said and "process 1" not in said, "the others speak into files"
@@ -98,7 +95,7 @@ def test_what_the_first_process_says_is_seen_while_it_runs(here, monkeypatch):
     "It goes on only when its word was seen"
     screen = Live("waiting", here/"go")
     monkeypatch.setattr(sys, "stdout", screen)
-    assert launch(Params(out=str(here), end="wait"), "own_stage:work", 2, CPU)["count"] == 2
+    assert launch(Params(out=str(here), end="wait"), "own_stage:work", 2)["count"] == 2
     assert "· waiting\n" in screen.getvalue()
 
 
@@ -108,16 +105,15 @@ def test_what_the_first_process_says_is_seen_while_it_runs(here, monkeypatch):
     ("exit", DistillError, r"process 1 ended with status 9 \(log: "), ("pause", StagePaused, "^the time is up$")])
 def test_the_end_of_one_is_the_end_of_all_and_says_why(end, error, said, here):
     "The first process waits for ever where the second ends badly"
-    with pytest.raises(error, match=said): launch(Params(out=str(here), end=end), "own_stage:work", 2, CPU)
+    with pytest.raises(error, match=said): launch(Params(out=str(here), end=end), "own_stage:work", 2)
     assert all_gone(here) and (here/"saved").exists() == (end == "pause")
 
 
 PARENT = """
 import sys
-from distill_nb.hardware import get_hardware
 from distill_nb.learn.launch import launch
 from own_stage import Params
-launch(Params(out=".", end="wait"), "own_stage:work", 2, get_hardware("cpu"))
+launch(Params(out=".", end="wait"), "own_stage:work", 2)
 """
 
 
@@ -139,7 +135,7 @@ def test_a_launcher_that_cannot_start_says_its_last_line(here, monkeypatch):
     (here/"mine.yaml").write_text("compute_environment: NOWHERE\n")
     monkeypatch.setenv("DISTILL_NB_ACCELERATE", str(here/"mine.yaml"))
     with pytest.raises(DistillError, match=r"training on several devices stopped: .*distributed_type.* \(log: .*launcher.log\)"):
-        launch(Params(out=str(here)), "own_stage:work", 2, CPU)
+        launch(Params(out=str(here)), "own_stage:work", 2)
 
 
 def test_the_mistake_of_one_counts_more_than_the_surprise_of_another(tmp_path, monkeypatch):
@@ -151,16 +147,16 @@ def test_the_mistake_of_one_counts_more_than_the_surprise_of_another(tmp_path, m
 
 
 def test_an_older_launch_leaves_no_result_behind(here):
-    assert launch(Params(out=str(here)), "own_stage:work", 2, CPU)
-    with pytest.raises(DistillError): launch(Params(out=str(here), end="exit"), "own_stage:work", 2, CPU)
+    assert launch(Params(out=str(here)), "own_stage:work", 2)
+    with pytest.raises(DistillError): launch(Params(out=str(here), end="exit"), "own_stage:work", 2)
 
 
-@pytest.mark.parametrize("machine, devices, count", [("cpu", "auto", 1), ("cpu", 2, 2), ("t4", "auto", 1), ("2xt4", "auto", 2), ("2xt4", 1, 1)])
-def test_auto_is_every_gpu(machine, devices, count): assert count_devices(devices, get_hardware(machine)) == count
+@pytest.mark.parametrize("gpus, devices, count", [(0, "auto", 1), (0, 2, 2), (1, "auto", 1), (2, "auto", 2), (2, 1, 1)])
+def test_auto_is_every_gpu(gpus, devices, count): assert count_devices(devices, gpus) == count
 
 
 def test_more_devices_than_there_are_is_said():
-    with pytest.raises(DistillError, match="^devices: 2: this machine has 1 GPU; use devices: auto$"): count_devices(2, get_hardware("t4"))
+    with pytest.raises(DistillError, match="^devices: 2: this machine has 1 GPU; use devices: auto$"): count_devices(2, 1)
 
 
 @pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp", "FSDP")])
