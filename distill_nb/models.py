@@ -8,20 +8,21 @@ __all__ = ['SMOLLM2', 'MINILM', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FI
            'fetch_packaged_file', 'copy_packaged', 'quiet', 'convert_gguf', 'save_model', 'keep_converted',
            'packaged_model', 'model_folder', 'hub_hint', 'gguf_file', 'open_gguf', 'gguf_facts', 'check_gguf',
            'converted_folder', 'converted_gguf', 'locate_model', 'adapter_base', 'base_of', 'hub_failure', 'needs_code',
-           'from_hub', 'loading', 'read_config', 'model_config', 'content', 'folder_content', 'where_from', 'identity',
-           'even_layers', 'meta_model', 'count_parameters', 'Stack', 'count_attribute', 'per_layer_lists',
-           'configs_above', 'as_stack', 'text_body', 'layer_lists', 'layer_traits', 'differing_traits', 'check_cut',
-           'renumber', 'cut_config', 'shrink', 'byte_tokenizer', 'tiny_model', 'torn', 'read_header', 'check_shards',
-           'check_weights', 'read_tokenizer', 'load_tokenizer', 'quantization', 'check_loading', 'Loaded',
-           'load_weights', 'load_model', 'folder_classes', 'load_adapted', 'free', 'linear_layers', 'expert_blocks',
-           'expert_names', 'name_ends', 'wanted_names', 'head_modules', 'lora_targets', 'adapter_settings',
-           'lora_parameters', 'count_head', 'Profile', 'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers',
-           'stored_scores', 'describe_model', 'roles_taken', 'describe_tokenizer', 'keep_profile', 'source_key',
+           'from_hub', 'loading', 'shipped_config', 'log_once', 'differences', 'without_hub', 'read_config',
+           'model_config', 'content', 'folder_content', 'where_from', 'identity', 'even_layers', 'meta_model',
+           'count_parameters', 'Stack', 'count_attribute', 'per_layer_lists', 'configs_above', 'as_stack', 'text_body',
+           'layer_lists', 'layer_traits', 'differing_traits', 'check_cut', 'renumber', 'cut_config', 'shrink',
+           'byte_tokenizer', 'tiny_model', 'torn', 'read_header', 'check_shards', 'check_weights', 'read_tokenizer',
+           'load_tokenizer', 'quantization', 'stored_quantization', 'check_loading', 'Loaded', 'load_weights',
+           'load_model', 'folder_classes', 'load_adapted', 'free', 'linear_layers', 'expert_blocks', 'expert_names',
+           'name_ends', 'wanted_names', 'head_modules', 'lora_targets', 'adapter_settings', 'lora_parameters',
+           'count_head', 'Profile', 'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores',
+           'describe_model', 'roles_taken', 'describe_tokenizer', 'shipped_tokenizer', 'keep_profile', 'source_key',
            'tokenizer_profile', 'profile_source', 'profile', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer',
            'check_model']
 
 # %% ../nbs/06_models.ipynb #c003
-import contextlib, importlib.metadata, json, os, shutil, subprocess, sys, zipfile
+import contextlib, functools, importlib.metadata, json, os, shutil, subprocess, sys, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -339,6 +340,45 @@ def loading(
 
 
 # %% ../nbs/06_models.ipynb #c016b
+@functools.cache
+def shipped_config(
+    name:str, # of a hub model
+)->dict|None: # config, and tokenizer: tokens, roles; None for a model that no recipe names
+    "The shape of a model, as it ships with this package"
+    file = shipped_dir()/"configs"/f"{name.replace('/', '--')}.json"
+    return read_json(file) if "/" in name and file.exists() else None
+
+@functools.cache
+def log_once(
+    message:str, # one line
+):
+    "Say something that would be said for each stage of a recipe"
+    log(message)
+
+def differences(
+    found:Any, # a `PretrainedConfig`, of the hub
+    shipped:Any, # ours
+    keys:Any, # names of settings
+)->str: # empty where there are none
+    "In what two configurations differ"
+    theirs, ours = found.to_dict(), shipped.to_dict()
+    return ", ".join(f"{k} is {theirs.get(k)!r} and not {ours[k]!r}" for k in keys if k in ours and theirs.get(k) != ours[k])
+
+
+# %% ../nbs/06_models.ipynb #c016c
+def without_hub(
+    spec:ModelSpec, # a model
+    path:str, # a folder or a hub name
+    e:Exception, # what was raised instead of its configuration
+)->dict: # from `shipped_config`
+    "Do without the hub where that is possible. Raises `DistillError` where it is not"
+    if "trust_remote_code" in str(e): raise needs_code(spec.name) from e
+    if Path(path).is_dir():
+        raise DistillError(f"{spec.name}: its config.json cannot be read: {str(e).splitlines()[0]}") from e
+    if not (shipped := shipped_config(spec.name)): raise hub_failure(spec.name, e) from e
+    log_once(f"{spec.name}: cannot be had from the hub now, so its shape is taken from this package")
+    return shipped
+
 def read_config(
     spec:ModelSpec, # which model
     path:str, # a folder or a hub name
@@ -347,11 +387,13 @@ def read_config(
     "Read a configuration. Raises `DistillError` where it cannot be had"
     from transformers import AutoConfig
     try:
-        with quiet(): return AutoConfig.from_pretrained(path, **loading(spec, path), **more)
-    except Exception as e:  # transformers and the hub's clients raise a dozen classes of their own
-        if "trust_remote_code" in str(e): raise needs_code(spec.name) from e
-        if not Path(path).is_dir(): raise hub_failure(spec.name, e) from e
-        raise DistillError(f"{spec.name}: its config.json cannot be read: {str(e).splitlines()[0]}") from e
+        with quiet(): found = AutoConfig.from_pretrained(path, **loading(spec, path), **more)
+    except Exception as e:  # a dozen classes of the hub's and of transformers
+        return AutoConfig.for_model(**without_hub(spec, path, e)["config"])
+    shipped = None if Path(path).is_dir() else shipped_config(spec.name)
+    if shipped and (said := differences(found, AutoConfig.for_model(**shipped["config"]), shipped["config"])):
+        log_once(f"{spec.name}: the hub's configuration differs from the one in this package: {said}; the hub's counts")
+    return found
 
 def model_config(
     spec:ModelSpec, # which model; its `layers` are not looked at
@@ -439,7 +481,10 @@ def meta_model(
     name = (family or family_of(config)).auto
     auto = getattr(transformers, name)
     try:
-        with torch.device("meta"), quiet(): return auto.from_config(config, trust_remote_code=trust_remote_code)
+        with torch.device("meta"), quiet(): model = auto.from_config(config, trust_remote_code=trust_remote_code)
+        if getattr(config, "scale_decoder_outputs", True) is False:  # Flan-T5: transformers unties it when it loads
+            model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+        return model
     except (ValueError, ImportError) as e:
         if "trust_remote_code" in str(e): raise needs_code(config.model_type) from e
         why = str(e).strip().splitlines()[0]
@@ -737,6 +782,14 @@ LEFT_OVER = (
     "position_ids", "rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.masked_bias", "attention.bias",
     "cls.seq_relationship.weight", "cls.seq_relationship.bias", "pooler.dense.weight", "pooler.dense.bias")
 
+def stored_quantization(
+    config:Any, # a `PretrainedConfig`
+)->str|None: # `4bit`, or none
+    "How a model's weights lie in its files, such as those that Unsloth keeps on the hub"
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    return "4bit" if stored.get("load_in_4bit") else None
+
 def check_loading(
     info:dict, # what `output_loading_info` gives
     model:"PreTrainedModel", # as loaded
@@ -766,6 +819,7 @@ def load_weights(
     spec:ModelSpec, # a whole model
     path:str, # from `locate_model`
     family:Family, # says which class
+    config:"PretrainedConfig", # from `read_config`
     labels:int|None=None, # classes of a new head; none: the head comes from the file
     new_head:bool=False, # whether the head is new where the file has none, such as that which fills masks
     **options, # dtype, placement, quantisation
@@ -774,7 +828,8 @@ def load_weights(
     import transformers
     if Path(path).is_dir(): check_weights(path)
     if spec.trust_remote_code: log(f"{spec.name}: Python code that comes with it may run (trust_remote_code)")
-    options |= loading(spec, path) | ({"num_labels": labels} if labels else {})
+    if labels: config.num_labels = labels
+    options |= loading(spec, path) | {"config": config}
     options |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)  # `info` has them
     with quiet(): model, info = getattr(transformers, family.auto).from_pretrained(path, **options)
     check_loading(info, model, spec.name, new_head=new_head or bool(labels))
@@ -793,15 +848,19 @@ def load_model(
     plan = plan or plan_hardware()
     kind, path = locate_model(spec)
     if kind == "adapter": return load_adapted(spec, path, plan, dtype)
-    family = FAMILIES["classifier"] if labels else family_of(model_config(spec), spec)
-    options = {"dtype": getattr(torch, dtype or plan.dtype)} | quantization(spec.quantize, plan)
+    config = read_config(spec, path)
+    family = FAMILIES["classifier"] if labels else family_of(config, spec)
+    stored = stored_quantization(config)
+    quantize, options = stored or spec.quantize, {"dtype": getattr(torch, dtype or plan.dtype)}
+    if stored: config.quantization_config["bnb_4bit_compute_dtype"] = plan.dtype  # a T4 only emulates the usual bf16
+    else: options |= quantization(quantize, plan)
     if plan.hardware.device == "cuda": options["device_map"] = {"": torch.cuda.current_device()}
-    model, tokenizer = load_weights(spec, path, family, labels, new_head, **options), load_tokenizer(spec)
+    model, tokenizer = load_weights(spec, path, family, config, labels, new_head, **options), load_tokenizer(spec)
     if spec.layers: shrink(model, spec.layers)
     if labels and model.config.pad_token_id is None:  # a classifier reads the last token that is no padding
         model.config.pad_token_id = tokenizer.pad_token_id
-    if "device_map" not in options and not spec.quantize: model = model.to(plan.hardware.device)
-    return Loaded(model.eval(), tokenizer, family, spec.quantize)
+    if "device_map" not in options and not quantize: model = model.to(plan.hardware.device)
+    return Loaded(model.eval(), tokenizer, family, quantize)
 
 # %% ../nbs/06_models.ipynb #c029
 def folder_classes(
@@ -1055,7 +1114,7 @@ def describe_model(
         hidden_size=config.get_text_config(decoder=True).hidden_size,
         vocab_size=config.num_labels if head is None else head.weight.shape[0],
         embeddings=model.get_input_embeddings().weight.shape[0], positions=longest_text(model),
-        **cache_sizes(config) if family.generates else {"cache": 0})
+        quantize=stored_quantization(config), **cache_sizes(config) if family.generates else {"cache": 0})
 
 # %% ../nbs/06_models.ipynb #c036h
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model",
@@ -1084,6 +1143,14 @@ def describe_tokenizer(
     except Exception: return {}  # each tokenizer class has errors of its own for a vocabulary that it cannot read
     return {"tokens": max(tokenizer.get_vocab().values()) + 1, "roles": roles_taken(tokenizer)}
 
+def shipped_tokenizer(
+    spec:ModelSpec, # which hub model
+)->dict: # tokens, roles; empty for a model that no recipe names
+    "What this package knows of a tokenizer; the roles of a template of the recipe's own are found out"
+    known = (shipped_config(spec.name) or {}).get("tokenizer", {})
+    if not known or not spec.template: return known
+    return known | {"roles": roles_taken(set_template(byte_tokenizer(), spec.template))}
+
 
 # %% ../nbs/06_models.ipynb #c036j
 PROFILE_VERSION = 1  # to be raised when the same field would hold another number
@@ -1101,7 +1168,8 @@ def keep_profile(
         if name not in _PROFILES and file.exists(): _PROFILES[name] = read_json(file)
     if name in _PROFILES: return _PROFILES[name]
     _PROFILES[name] = make()
-    with contextlib.suppress(DistillError): write_json(file, _PROFILES[name])  # without a cache it only takes longer
+    with contextlib.suppress(DistillError):  # without a cache it only takes longer
+        if _PROFILES[name]: write_json(file, _PROFILES[name])
     return _PROFILES[name]
 
 def source_key(
@@ -1113,7 +1181,7 @@ def source_key(
     if Path(path).is_dir(): return folder_content(path, names)
     from huggingface_hub import hf_hub_download
     try: config = hf_hub_download(path, "config.json", **from_hub(path, spec.revision))
-    except Exception as e: raise hub_failure(spec.name, e) from e  # its client raises a dozen classes of its own
+    except Exception as e: return without_hub(spec, path, e)  # its client raises a dozen classes of its own
     return [path, Path(config).parent.name]
 
 # %% ../nbs/06_models.ipynb #c036k
@@ -1128,7 +1196,11 @@ def tokenizer_profile(
     key = file_digest(file) if file else source_key(spec, path, TOKENIZER_FILES)
     more = {"gguf_file": file.name} if file else {}
     asked = [spec.template, spec.trust_remote_code] if spec.template or spec.trust_remote_code else []
-    return keep_profile(["tokenizer", key, *asked], lambda: describe_tokenizer(spec, path, **more))
+    def measure():
+        if Path(path).is_dir(): return describe_tokenizer(spec, path, **more)
+        found = {} if key == shipped_config(spec.name) else describe_tokenizer(spec, path)
+        return found or shipped_tokenizer(spec)
+    return keep_profile(["tokenizer", key, *asked], measure)
 
 def profile_source(
     spec:ModelSpec, # which model
@@ -1155,7 +1227,7 @@ def profile(
         else: family = family_of(config, spec)
         return describe_model(config, spec.layers, family, spec.trust_remote_code, wanted).model_dump()
     shape = keep_profile(["model", key, spec.layers, *(wanted or []), *([labels] if labels else [])], measure)
-    return Profile(**shape | tokenizer_profile(spec, path) | {"quantize": spec.quantize})
+    return Profile(**shape | tokenizer_profile(spec, path) | {"quantize": spec.quantize or shape["quantize"]})
 
 
 # %% ../nbs/06_models.ipynb #c042a
@@ -1191,6 +1263,7 @@ def check_hub(
 # %% ../nbs/06_models.ipynb #c042b
 def check_files(
     spec:ModelSpec, # which model
+    weights:bool=True, # whether a hub model's weights have to be there
 ):
     "See that a model's files are there and whole; what an adapter belongs to as well. Raises `DistillError`"
     if spec.name in PYPI_MODELS: return
@@ -1198,9 +1271,9 @@ def check_files(
         facts = gguf_facts(file)
         return None if converted_folder(file).exists() else check_gguf(file, facts)
     kind, path = locate_model(spec)
-    if not Path(path).is_dir(): return check_hub(spec)
+    if not Path(path).is_dir(): return check_hub(spec) if weights else None
     check_weights(path, kind)
-    if kind == "adapter": check_files(base_of(spec, path))
+    if kind == "adapter": check_files(base_of(spec, path), weights)
 
 def check_tokenizer(
     name:str, # of the model, for the error
@@ -1221,9 +1294,10 @@ def check_model(
     task:Task="chat", # what the rows are for; each task of today needs a question and an answer
     max_length:int|None=None, # the longest row, in tokens; none: not known
     families:tuple[str, ...]=("causal",), # keys of `FAMILIES` that the stage can use
+    weights:bool=True, # whether a hub model's weights have to be there: not for a plan
 )->Profile: # for whoever goes on with it
     "Find out, without loading it, whether a model can be had and can do what a stage wants. Raises `DistillError`"
-    check_files(spec)
+    check_files(spec, weights)
     model = profile(spec)
     if model.family not in families:
         kind = f"{model.family} model ({model.model_type})"

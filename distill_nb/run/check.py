@@ -377,18 +377,19 @@ def check_rows(
 def check_models(
     params:StageParams, # a stage's
     name:str, # a parameter that may name models
+    weights:bool=True, # whether a hub model's weights have to be there
 ):
     "See that models can be had, are whole, and fit the stage. Raises `DistillError`"
     for spec in leaves(getattr(params, name), (ModelSpec,)):
         if pointers(spec): continue
-        check_model(spec, getattr(params, "task", "chat"), getattr(params, "max_length", None), params.families)
+        check_model(spec, getattr(params, "task", "chat"), getattr(params, "max_length", None), params.families, weights)
 
 # %% ../../nbs/61_run.check.ipynb #c029c
 def check_inputs(
     stages:list[Stage], # from `check_recipe`, with local paths
     file:str|Path, # of the recipe, for errors
     opened:Opened, # added to: the rows that were looked at
-    keys:bool=True, # whether secrets have to be there: not for a plan
+    keys:bool=True, # whether secrets and a hub model's weights have to be there: not for a plan
 ):
     "See that data and models can be had and have the right form. Raises `DistillError` with every mistake"
     wrong = []
@@ -399,6 +400,6 @@ def check_inputs(
         where = f"{file}: stage {stage.id!r}"
         for name, ref in ref_fields(type(stage.params)).items():
             if "data" in ref.kinds: attempt(f"{where}: {name}", check_rows, stage, name, stages, opened)
-            else: attempt(f"{where}: {name}", check_models, stage.params, name)
+            else: attempt(f"{where}: {name}", check_models, stage.params, name, keys)
         attempt(where, stage.params.ready, keys)
     if wrong: raise DistillError("\n".join(dict.fromkeys(wrong)))
