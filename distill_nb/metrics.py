@@ -19,8 +19,8 @@ from typing import Any, Callable, Iterable, Literal, NamedTuple
 
 from .core import *
 
-Metric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "f1", "final_answer", "loss", "perplexity",
-                 "token_accuracy"]
+Metric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "f1", "final_answer",
+                 "loss", "perplexity", "token_accuracy"]
 
 # %% ../nbs/09_metrics.ipynb #c017
 _INSIDE = dict.fromkeys(map(ord, "\u00ad\u200c\u200d\u2060"))  # soft hyphen, joiners: the word is the same without

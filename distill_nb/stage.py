@@ -34,7 +34,7 @@ class DataSpec(Strict):
     revision: str|None = Field(None, description="commit of a hub data set")
     columns: dict[str, str] = Field({}, description="our name: theirs, such as {prompt: instruction}")
     group: str|None = Field(None, description="column whose values never straddle two splits, such as a topic")
-    skip: int = Field(0, ge=0, description="rows passed over first: those that another stage takes from the same place")
+    skip: int = Field(0, ge=0, description="rows passed over first, such as those of another stage")
     samples: int|None = Field(None, ge=3, description="rows used in all; none: every row")
     validation: int|float = Field(0.1, ge=0, description="rows held out to watch training: a count, or a share")
     test: int|float = Field(0.1, ge=0, description="rows held out to evaluate on: a count, or a share below 1")

@@ -552,3 +552,20 @@ def test_a_bare_stage_name_can_be_set(tmp_path):
     recipe, _ = pipeline.load_recipe(str(tmp_path/"bare.yaml"), ["report.answers=3"], smoke=True)
     assert recipe.stages == [{"merge": {"proof_rows": 2}}, {"report": {"answers": 3}}]
     assert pipeline.load_recipe(str(tmp_path/"bare.yaml"))[0].stages == [{"merge": None}, {"report": None}]
+
+
+def test_a_plan_stands_in_for_rows_that_only_the_hub_has_and_a_run_does_not(here, model, capsys, monkeypatch):
+    write_recipe(here, model, lambda r: r.update(data={"path": "owner/rows", "skip": 10, "samples": 30, "validation": 4, "test": 4}))
+    status, out, err = distill(capsys, monkeypatch, "plan", "recipe.yaml")
+    assert status == 0 and "owner/rows: the hub cannot be reached; planned with 40 rows" in out and "4 steps of 4 rows" in out, out + err
+    line = refused(capsys, monkeypatch, here, "run", "recipe.yaml")[0]
+    assert "owner/rows: no such file here, and the hub gave no such data set" in line
+
+
+def test_a_stage_is_left_out_and_its_rows_are_the_recipes(here, model):
+    write_recipe(here, model, lambda r: r["stages"][1]["sft"].update(data={"path": "@data", "samples": 12}))
+    recipe, file = pipeline.load_recipe("recipe.yaml", ["annotate=null"])
+    stages = pipeline.check_recipe(recipe, file)
+    assert [s.id for s in stages] == ["student", "distilled", "evaluate", "report"]
+    assert stages[0].params.data.samples == 12 and stages[0].params.data.group == "topic"
+    assert stages[2].params.data.samples is None and stages[2].params.data.path == "rows.jsonl"

@@ -118,8 +118,8 @@ def find_target(
     if first in Recipe.model_fields: return values, keys
     said = f"--set {'.'.join(keys)}"
     if first in stage_ids(values):
-        raise DistillError(f"{said}: is a stage; say which of its parameters, such as {first}.KEY=VALUE, or leave the "
-                           f"stage out with {first}=null")
+        raise DistillError(f"{said}: is a stage; say which of its parameters, such as {first}.KEY=VALUE, "
+                           f"or leave the stage out with {first}=null")
     raise DistillError(f"{said}: no such key or stage{nearest(first, [*Recipe.model_fields, *stage_ids(values)])}")
 
 # %% ../../nbs/60_run.recipe.ipynb #c011c
@@ -139,7 +139,7 @@ def set_value(
     values:dict, # a recipe as read, changed in place
     assignment:str, # `KEY=VALUE`
 ):
-    "Change one value, or take a stage out. Raises `DistillError` for a key that is neither the recipe's nor a stage's"
+    "Change one value, or take a stage out. Raises `DistillError` for a key of neither the recipe's nor a stage"
     keys, value = split_assignment(assignment)
     if value is None and len(keys) == 1 and (stage := named_stages(values).get(keys[0])):
         values["stages"].remove(stage[0])  # such as `annotate=null`: the rows have answers already

@@ -173,7 +173,7 @@ def answer_by_batch(
 class Recording(TeacherSpec):
     "A finished annotation, played back"
     path_fields: ClassVar = ("recording",)
-    recording: str = Field(min_length=1, description="folder of a finished annotation, or of its shards, or one shard")
+    recording: str = Field(min_length=1, description="folder of a finished annotation or of its shards, or one shard")
 
     @property
     def shards(self)->list[Path]:
