@@ -22,8 +22,10 @@ def out_of_memory(
 )->bool: # GPUs have a class for it, a CPU and Apple's chips only a sentence
     "Whether memory ran out"
     import torch
-    said = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in said)
+    said = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "out_of_device_memory",
+            "out_of_host_memory", "out_of_resources")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(s in str(error).lower() for s in said)
 
 def in_batches(
     order:Iterable[int], # what is to be done, the most expensive first, so that what does not fit fails at the start

@@ -36,6 +36,7 @@ Params = SftParams
 @patch
 def ready(self:SftParams, keys=True):
     "Raises `DistillError` for an adapter, and, before a run, for a demanded engine that is not installed"
+    TrainParams.ready(self, keys)
     found = Path(self.model.name).is_dir() and model_folder(self.model.name)
     if found and found[0] == "adapter":
         raise DistillError(f"model: {self.model.name}: is an adapter; merge it first, and train the merged model")

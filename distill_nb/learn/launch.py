@@ -62,7 +62,8 @@ def launch_environment(
     "This process's environment, and what the others need: this package, and a fair share of the CPU"
     threads = max(1, (os.cpu_count() or 1) // devices)
     paths = [str(package_dir().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    env = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths),
+                                                    "DISTILL_NB_STARTED": str(process_start())}
     return env | ({"ACCELERATE_USE_CPU": "true"} if not visible_gpus() else {})
 
 # %% ../../nbs/24_learn.launch.ipynb #c017
