@@ -39,14 +39,17 @@ class Statistic(NamedTuple):
     value: Callable        # array of k sums -> float
     backend: str           # what computed it, with its version
     scale: Callable = float  # of a value, where differences are tested: perplexities are skewed, logarithms are not
+    share: bool = False  # whether each row is right or wrong, so that the value is a share of them
 
 def mean_statistic(
     scores:Iterable[float], # one a row
     backend:str, # what computed them
+    share:bool=False, # whether all of them are 0 or 1
 )->Statistic:
     "The mean of scores"
     import numpy as np
-    return Statistic(np.array([[s, 1.0] for s in scores]), lambda s: float(s[0] / s[1]), backend)
+    backend += "; Wilson's intervals" if share else ""
+    return Statistic(np.array([[s, 1.0] for s in scores]), lambda s: float(s[0] / s[1]), backend, share=share)
 
 # %% ../nbs/09_metrics.ipynb #c021b
 def reference_lists(
@@ -134,7 +137,7 @@ def squad_statistic(
     "Exact match or F1, by the best of a row's references"
     score = {"exact_match": exact_match, "f1": token_f1}[kind]
     best = [max(score(p, r) for r in rs) for p, rs in zip(predictions, reference_lists(references))]
-    return mean_statistic(best, "distill_nb, as SQuAD 1.1")
+    return mean_statistic(best, "distill_nb, as SQuAD 1.1", share=kind == "exact_match")
 
 # %% ../nbs/09_metrics.ipynb #n001
 ENDINGS = (r"^[\W_]*(?:final\s+)?answer[\s*_]*[:：][\s*_]*(?P<a>\S.*)$",
@@ -194,7 +197,7 @@ def final_answer_statistic(
 )->Statistic: # its value is a share of the rows, 0 to 1
     "How often the final answer is right"
     right = [conclusion(p) in map(conclusion, rs) for p, rs in zip(predictions, reference_lists(references))]
-    return mean_statistic(map(float, right), "distill_nb, the stated answer or else the last number")
+    return mean_statistic(map(float, right), "distill_nb, the stated answer or else the last number", share=True)
 
 # %% ../nbs/09_metrics.ipynb #c032
 LARGEST_LOSS = 700  # nats a token: exp of more is not a number that a computer holds

@@ -179,6 +179,15 @@ def test_rows_that_do_not_vary_have_an_interval_without_width(scores):
     assert got["low"] == got["value"] == got["high"] == pytest.approx(scores[0])
 
 
+# Newcombe 1998, Two-sided confidence intervals for the single proportion, table I, method 3.
+@pytest.mark.parametrize("right, rows, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)])
+def test_a_share_of_right_answers_has_wilsons_interval(right, rows, low, high):
+    said = ["Answer: 5"] * right + ["no idea"] * (rows - right)
+    for metric in ("final_answer", "exact_match"):
+        got = iv.score(said, ["Answer: 5"] * rows, [metric])[metric]
+        assert (got["low"], got["high"], got["n"]) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5), rows)
+
+
 def test_one_row_in_every_metric():
     metrics = list(mt.Metric.__args__)
     made = iv.compare({"a": mt.statistics(["x y"], ["x z"], metrics, [(2.0, 2, 1)]), "b": mt.statistics([""], ["x z"], metrics, [(4.0, 2, 0)])})
