@@ -986,6 +986,7 @@ def adapter_settings(
     targets, whole = lora_targets(model, wanted), head_modules(model)
     blocks = [t for t in targets if t in expert_blocks(model)]
     settings = {"target_modules": [t for t in targets if t not in blocks]}
+    if "Conv1D" in {type(m).__name__ for m in linear_layers(model).values()}: settings["fan_in_fan_out"] = True
     if blocks: settings["target_parameters"] = blocks
     return settings | ({"modules_to_save": whole} if whole else {})
 
@@ -1003,7 +1004,7 @@ def lora_parameters(
     settings = adapter_settings(model, wanted)
     if not head: settings.pop("modules_to_save", None)
     with torch.device("meta"), quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # GPT-2's Conv1D is stored the other way round, which PEFT finds out and says
+        warnings.simplefilter("ignore")  # PEFT looks for experts that it has renamed itself
         try: adapted = get_peft_model(type(model)(model.config), LoraConfig(r=r, **settings))
         except ValueError: return 0  # a kind of model that PEFT does not adapt, such as Mamba
     return adapted.get_nb_trainable_parameters()[0]

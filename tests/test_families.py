@@ -10,7 +10,7 @@ import transformers
 from distill_nb.core import DistillError
 from distill_nb.families import (
     FAMILIES, PLAIN_TEMPLATE, Head, collate, encode, encode_prompt, end_of_turn, ensure_template, family_of, head_of,
-    prompt_and_target, render, supervised_hidden)
+    prompt_and_target, render, set_template, supervised_hidden)
 
 CHAT = ("llama3", "chatml", "gemma", "gemma2", "gemma3", "phi3", "mistral", "gpt2")
 CAUSAL, SEQ2SEQ, CLASSIFIER, MASKED = FAMILIES.values()
@@ -461,3 +461,58 @@ def test_padding_changes_no_logit(tokenizer, kind, tmp_path):
             if family is MASKED: alone["input_ids"] = torch.tensor([row.input_ids])
             wide, narrow = model(**together).logits[i], model(**alone).logits[0]
             torch.testing.assert_close(wide[:len(narrow)], narrow, rtol=1e-4, atol=1e-5)
+
+# A template of the recipe's own
+
+def with_template(kind, template): return set_template(tiny.tokenizer_of(kind), template)
+
+
+@pytest.mark.parametrize("kind", [*CHAT, "t5"])
+def test_questions_and_answers_are_written_as_text_and_the_answer_is_learnt_with_its_end(kind):
+    tokenizer, family = with_template(kind, "qa"), FAMILIES["seq2seq" if kind == "t5" else "causal"]
+    row = conversation(" Two and two? ", "four", "And good?", "\nyes\n", system="Be brief.")
+    text = render(tokenizer, row["messages"])
+    end = tokenizer.eos_token
+    assert text == ((tokenizer.bos_token if kind in HAS_BOS else "")
+                    + f"Be brief.\n\nQ: Two and two?\nA: four{end}\nQ: And good?\nA: yes{end}")
+    encoded = encode(tokenizer, row, family)
+    assert learnt(tokenizer, encoded).strip() == f"yes{end}" and encoded.labels[-1] == tokenizer.eos_token_id
+    if kind == "t5": assert encoded.input_ids == encode_prompt(tokenizer, row["messages"][:-1], family)
+    else: assert given(encoded) == encode_prompt(tokenizer, row["messages"][:-1])
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+
+
+def test_an_empty_system_message_leaves_no_trace_in_questions_and_answers():
+    assert render(with_template("chatml", "qa"), conversation("a?", "b", system=" ")["messages"]).startswith("Q: a?")
+
+
+def test_padding_with_the_end_hides_no_end_that_is_learnt():
+    tokenizer = set_template(tiny.tokenizer_of("gpt2"), "qa")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    rows = [encode(tokenizer, conversation(q, a), CAUSAL) for q, a in (("Good or bad?", "good"), ("a?", "a word or two, and more"))]
+    labels = collate(rows, CAUSAL, tokenizer)["labels"]
+    assert (labels == tokenizer.eos_token_id).sum(1).tolist() == [1, 1]
+
+
+def test_a_template_is_saved_with_its_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+    tokenizer = with_template("llama3", "qa")
+    tokenizer.save_pretrained(tmp_path)
+    again = ensure_template(AutoTokenizer.from_pretrained(tmp_path))
+    assert encode(again, ROWS["two turns"], CAUSAL) == encode(tokenizer, ROWS["two turns"], CAUSAL)
+
+
+def test_a_template_of_the_recipes_own_takes_the_place_of_the_models():
+    tokenizer = with_template("llama3", "{% for m in messages %}{{ m['role'][0] }}>{{ m['content'] }};{% endfor %}")
+    assert render(tokenizer, conversation("Good?", "yes")["messages"]) == "u>Good?;a>yes;"
+
+
+@pytest.mark.parametrize("template, said", [
+    ("q&a", "template: q&a: neither Jinja nor a known name, did you mean 'qa'?"),
+    ("{% for m in messages %}", "template: line 1: Unexpected end of template"),
+    ("{{ messages[0]['text'] }}", "template: cannot write a question and an answer: .* leaves out the user message"),
+    ("{{ 1/0 }}", "template: cannot write a question and an answer: division by zero"),
+    ("{{ sentence(messages) }}", "template: cannot write .*'sentence' is undefined"),
+])
+def test_a_template_that_cannot_be_filled_in_is_an_error_that_says_why(template, said):
+    with pytest.raises(DistillError, match=said): with_template("chatml", template)

@@ -173,6 +173,195 @@ def test_layers_of_an_adapter_are_refused(adapter, use):
     with pytest.raises(DistillError, match="layers: an adapter belongs to all layers of its model; merge it first"): use(spec(adapter, layers=1))
 
 
+# ---- GGUF, code of its own, a template of the recipe's
+
+def write_gguf(folder, file, packed=None):
+    "A tiny Qwen as llama.cpp would write it; `packed` is the format of its matrices"
+    import gguf
+    import numpy as np
+    model, tokenizer = load(folder).model, transformers.AutoTokenizer.from_pretrained(folder)
+    config, raw = model.config, json.loads(tokenizer.backend_tokenizer.to_str())
+    writer = gguf.GGUFWriter(file, "qwen2")
+    for name, value in dict(
+            context_length=config.max_position_embeddings, embedding_length=config.hidden_size, block_count=config.num_hidden_layers,
+            feed_forward_length=config.intermediate_size, head_count=config.num_attention_heads, head_count_kv=config.num_key_value_heads,
+            rope_freq_base=config.rope_parameters["rope_theta"], layer_norm_rms_eps=config.rms_norm_eps, vocab_size=config.vocab_size,
+            name="tiny", tokenizer_model="gpt2", tokenizer_pre="qwen2", eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, chat_template=tokenizer.chat_template).items(): getattr(writer, f"add_{name}")(value)
+    special = {t["content"] for t in raw["added_tokens"]}
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t in special else 1 for t in tokens])
+    writer.add_token_merges([" ".join(m) for m in raw["model"]["merges"]])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight": continue  # tied
+        kind = packed if packed and weight.dim() == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), gguf.quantize(weight.numpy().astype(np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture
+def gguf_model(made, tmp_path): return write_gguf(made("chatml"), tmp_path/"tiny.gguf")
+
+
+def test_a_gguf_file_is_the_model_that_it_was_made_of(gguf_model, made):
+    found, whole = load(gguf_model), load(made("chatml"))
+    assert all(torch.equal(found.model.state_dict()[k], w) for k, w in whole.model.state_dict().items())
+    assert found.tokenizer.chat_template == whole.tokenizer.chat_template
+    assert found.tokenizer.special_tokens_map == whole.tokenizer.special_tokens_map
+    text = "What is <|im_end|> ভাত\n  good?"
+    assert found.tokenizer(text)["input_ids"] == whole.tokenizer(text)["input_ids"]
+
+
+def test_a_gguf_file_is_planned_without_being_converted(gguf_model, made, monkeypatch):
+    monkeypatch.setattr(models, "convert_gguf", lambda *_: pytest.fail("converted a model to plan it"))
+    known, whole = check_model(spec(gguf_model)), profile(spec(made("chatml")))
+    assert known == whole and identity(spec(gguf_model))["weights"].keys() == {"gguf"}
+
+
+def test_a_gguf_file_is_converted_once_whatever_its_name(gguf_model, monkeypatch, tmp_path):
+    first = models.locate_model(spec(gguf_model))
+    monkeypatch.setattr(models, "convert_gguf", lambda *_: pytest.fail("converted again"))
+    (tmp_path/"folder").mkdir()
+    copy = shutil.copy(gguf_model, tmp_path/"folder"/"other.gguf")
+    assert models.locate_model(spec(copy)) == models.locate_model(spec(tmp_path/"folder", file="other.gguf")) == first
+
+
+def test_packed_gguf_weights_are_kept_in_16_bits(made, tmp_path):
+    import gguf
+    packed = gguf.GGMLQuantizationType.Q8_0
+    file = write_gguf(made("chatml"), tmp_path/"packed.gguf", packed)
+    kept, whole = load_file(Path(models.locate_model(spec(file))[1])/"model.safetensors"), load(made("chatml")).model.state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    exact = torch.tensor(gguf.dequantize(gguf.quantize(whole[name].numpy(), packed), packed))
+    assert kept[name].dtype == torch.float16 and torch.equal(kept[name], exact.half())
+
+
+def test_a_gguf_file_that_is_cut_off_is_refused_by_the_check(gguf_model):
+    os.truncate(gguf_model, gguf_model.stat().st_size - 2000)
+    with pytest.raises(DistillError, match="tiny.gguf: is cut off, damaged or no GGUF file"): check_model(spec(gguf_model))
+
+
+@pytest.mark.parametrize("disk, memory, said", [(1000, 10**9, "GiB of disk at .*DISTILL_NB_CACHE"), (10**9, 1000, "GiB of main memory")])
+def test_a_conversion_that_would_not_fit_is_refused_before_it_begins(gguf_model, monkeypatch, disk, memory, said):
+    import psutil
+    from types import SimpleNamespace
+    monkeypatch.setenv("DISTILL_NB_CACHE", str(gguf_model.parent/"empty"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    with pytest.raises(DistillError, match=said): check_model(spec(gguf_model))
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(gguf_model, monkeypatch):
+    monkeypatch.setenv("DISTILL_NB_CACHE", str(gguf_model.parent/"cache"))
+    monkeypatch.setattr(models, "save_model", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(DistillError, match="tiny.gguf: could not be converted in .*No space left"): models.locate_model(spec(gguf_model))
+    assert [f.suffix for f in (gguf_model.parent/"cache"/"models").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("more, said", [({}, "a folder without a model.*is it `file: tiny.gguf`"), ({"file": "tini.gguf"}, "did you mean 'tiny.gguf'")])
+def test_a_folder_with_gguf_files_says_what_to_write(gguf_model, more, said):
+    with pytest.raises(DistillError, match=said): check_model(spec(gguf_model.parent, **more))
+
+
+CODE = """
+import builtins
+from transformers import LlamaConfig, LlamaForCausalLM
+
+builtins.code_of_a_model_ran = True
+
+class MyConfig(LlamaConfig): model_type = "mine"
+class MyForCausalLM(LlamaForCausalLM): config_class = MyConfig
+"""
+
+
+@pytest.fixture
+def with_code(copied):
+    "A model that transformers does not know, with the code that it needs"
+    import builtins
+    folder = copied("llama3")
+    (folder/"my.py").write_text(CODE)
+    change_json(folder/"config.json", model_type="mine", architectures=["MyForCausalLM"],
+                auto_map={"AutoConfig": "my.MyConfig", "AutoModelForCausalLM": "my.MyForCausalLM"})
+    builtins.__dict__.pop("code_of_a_model_ran", None)
+    yield folder
+    builtins.__dict__.pop("code_of_a_model_ran", None)
+
+
+@pytest.mark.parametrize("use", [check_model, profile, load_model], ids=lambda f: f.__name__)
+def test_code_of_a_model_is_not_run_unasked(with_code, use):
+    import builtins
+    with pytest.raises(DistillError, match="works only with the Python code that comes with it.*`trust_remote_code: true`"): use(spec(with_code))
+    assert not hasattr(builtins, "code_of_a_model_ran")
+
+
+def test_code_of_a_model_runs_where_the_recipe_says_so_and_the_log_says_so_too(with_code, capsys):
+    trusted = spec(with_code, trust_remote_code=True, layers=1)
+    assert check_model(trusted).parameters == count_parameters(load_model(trusted, dtype="float32").model)
+    assert "Python code that comes with it may run" in capsys.readouterr().out
+
+
+def test_an_adapter_cannot_ask_for_code_of_its_base(adapter, with_code):
+    write_json(adapter/"base.json", {"name": str(with_code), "trust_remote_code": True})
+    with pytest.raises(DistillError, match="works only with the Python code"): load(adapter)
+
+
+def test_code_and_template_are_part_of_what_a_model_is_where_they_are_set(with_code):
+    plain = identity(spec(with_code))
+    asked = identity(spec(with_code, trust_remote_code=True, template="qa"))
+    assert plain.keys() == {"weights", "layers", "base", "quantize"} and asked["trust_remote_code"] and "Q: " in asked["template"]
+    (with_code/"my.py").write_text(CODE + "# another")
+    assert identity(spec(with_code)) == plain and identity(spec(with_code, trust_remote_code=True, template="qa")) != asked
+
+
+def test_the_recipes_template_is_seen_by_everybody_and_goes_with_the_adapter(made, adapter):
+    qa = spec(made("mistral"), template="qa")
+    assert "system" not in profile(spec(made("mistral"))).roles and "system" in profile(qa).roles
+    tokenizer = load_model(qa, dtype="float32").tokenizer
+    assert tokenizer.chat_template == models.load_tokenizer(qa).chat_template != models.load_tokenizer(spec(made("mistral"))).chat_template
+    assert models.load_tokenizer(spec(adapter, template="qa")).chat_template.endswith(models.QA_TEMPLATE)
+    load_model(spec(made("llama3"), template="qa")).tokenizer.save_pretrained(adapter)
+    assert models.load_tokenizer(spec(adapter)).chat_template.endswith(models.QA_TEMPLATE)
+
+
+@pytest.mark.parametrize("use", [check_model, profile, load_model], ids=lambda f: f.__name__)
+def test_a_wrong_template_is_refused_by_the_check(made, use):
+    with pytest.raises(DistillError, match="template: line 1"): use(spec(made("llama3"), template="{% for %}"))
+
+
+def test_weights_that_lie_in_4_bits_are_loaded_as_they_lie(made, tmp_path):
+    packed = load_model(spec(made("mistral"), quantize="4bit"))
+    models.save_model(packed.model, packed.tokenizer, tmp_path/"packed")
+    again, ids = load_model(spec(tmp_path/"packed")), torch.arange(5, 25)[None]
+    assert again.quantize == check_model(spec(tmp_path/"packed")).quantize == "4bit"
+    assert torch.equal(again.model(ids).logits, packed.model(ids).logits)
+
+
+def test_weights_that_lie_in_4_bits_are_multiplied_in_the_machines_format(made, tmp_path):
+    from distill_nb.hardware import plan_hardware
+    plan = plan_hardware()
+    packed = load_model(spec(made("mistral"), quantize="4bit"))
+    models.save_model(packed.model, packed.tokenizer, tmp_path/"packed")
+    change_json(tmp_path/"packed"/"config.json", quantization_config=read_json(tmp_path/"packed"/"config.json")["quantization_config"]
+                | {"bnb_4bit_compute_dtype": "float16"})
+    layer = load_model(spec(tmp_path/"packed")).model.model.layers[0].mlp.up_proj
+    assert layer.compute_dtype == getattr(torch, plan.dtype) != torch.float16
+
+
+# ---- tokenizers that lack something
+
+def test_a_model_without_a_chat_template_and_a_padding_token_gets_both(made):
+    assert not transformers.AutoTokenizer.from_pretrained(made("gpt2")).chat_template
+    tokenizer = load(made("gpt2")).tokenizer
+    assert tokenizer.pad_token == tokenizer.eos_token and "<|assistant|>" in tokenizer.chat_template
+    assert profile(spec(made("gpt2"))).roles == profile(spec(made("bert_mlm"))).roles == ["user", "assistant", "system"]
+
+
 # ---- what tells one model from another
 
 @pytest.mark.parametrize("given, known", [
@@ -343,44 +532,186 @@ def linear_size(config, kind):
     return config.num_hidden_layers * (2 * (h + h) + 2 * (h + kv) + 3 * (h + i))
 
 
-@pytest.mark.parametrize("kind", ["llama3", "gpt2", "phi3", "t5"])
-def test_the_size_of_an_adapter_is_known_before_it_is_made(made, kind):
+SEVEN = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+PHI3 = ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+BERT = ["intermediate.dense", "key", "output.dense", "query", "value"]
+GROUPED = SMALL | dict(num_hidden_layers=2, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+BIDIRECTIONAL = SMALL | dict(num_hidden_layers=2, pad_token_id=0, max_position_embeddings=66)
+PICTURES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
+EXPERTS = {"target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}
+
+
+def of_text(*names): return [f"language_model.layers.{i}.self_attn.{n}" for i in (0, 1) for n in names]
+
+
+# model type, its configuration, whether it is a classifier, what LoRA adapts
+ADAPTED = {
+    "llama": ("llama", GROUPED, 0, dict(target_modules=SEVEN)),
+    "mistral": ("mistral", GROUPED, 0, dict(target_modules=SEVEN)),
+    "gemma": ("gemma", GROUPED, 0, dict(target_modules=SEVEN)),
+    "gemma2": ("gemma2", GROUPED, 0, dict(target_modules=SEVEN)),
+    "gemma3": ("gemma3_text", GROUPED, 0, dict(target_modules=SEVEN)),
+    "gemma3 with pictures": ("gemma3", dict(text_config=GROUPED, vision_config=PICTURES, mm_tokens_per_image=4), 0,
+                             dict(target_modules=sorted([*of_text("k_proj", "q_proj", "v_proj"), "down_proj", "gate_proj", "o_proj", "up_proj"]))),
+    "phi3": ("phi3", SMALL | dict(num_hidden_layers=2, num_key_value_heads=2, pad_token_id=0), 0, dict(target_modules=PHI3)),
+    "qwen2": ("qwen2", SMALL | dict(num_hidden_layers=2, num_key_value_heads=2), 0, dict(target_modules=SEVEN)),
+    "qwen3": ("qwen3", GROUPED, 0, dict(target_modules=SEVEN)),
+    "gpt2": ("gpt2", dict(vocab_size=60, n_embd=32, n_layer=2, n_head=4), 0, dict(target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True)),
+    "mixtral": ("mixtral", GROUPED | dict(num_local_experts=4), 0,
+                dict(target_modules=["k_proj", "o_proj", "q_proj", "v_proj", "w1", "w2", "w3"])),
+    "qwen3_moe": ("qwen3_moe", GROUPED | dict(num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2), 0, dict(target_modules=SEVEN)),
+    "gpt_oss": ("gpt_oss", GROUPED | dict(num_local_experts=4, num_experts_per_tok=2), 0,
+                dict(target_modules=["k_proj", "o_proj", "q_proj", "v_proj"]) | EXPERTS),
+    "t5": ("t5", T5 | dict(num_layers=2, pad_token_id=0), 0, dict(target_modules=["k", "o", "q", "v", "wi", "wo"])),
+    "marian": ("marian", BART | dict(encoder_layers=2, decoder_layers=2), 0,
+               dict(target_modules=["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"])),
+    "bert": ("bert", BIDIRECTIONAL, 0, dict(target_modules=BERT)),
+    "roberta": ("roberta", BIDIRECTIONAL, 0, dict(target_modules=BERT)),
+    "modernbert": ("modernbert", BIDIRECTIONAL, 0, dict(target_modules=["Wi", "Wo", "Wqkv"])),
+    "bert, classes": ("bert", BIDIRECTIONAL, 3, dict(target_modules=BERT, modules_to_save=["bert.pooler", "classifier"])),
+    "roberta, classes": ("roberta", BIDIRECTIONAL, 3, dict(target_modules=BERT, modules_to_save=["classifier"])),
+    "modernbert, classes": ("modernbert", BIDIRECTIONAL, 3, dict(target_modules=["Wi", "Wo", "Wqkv"], modules_to_save=["classifier", "head"])),
+    "llama, classes": ("llama", GROUPED, 3, dict(target_modules=SEVEN, modules_to_save=["score"])),
+}
+
+
+def adaptable(kind):
+    "A configuration, its family and what LoRA adapts"
+    name, settings, classes, expected = ADAPTED[kind]
+    config = AutoConfig.for_model(name, **settings)
+    config.bos_token_id = config.eos_token_id = 1
+    if classes: config.num_labels = classes
+    return config, models.FAMILIES["classifier"] if classes else models.family_of(config), expected
+
+
+def adapted(model, family, r=4, wanted=None):
     from peft import LoraConfig, get_peft_model
-    model = load(made(kind)).model
-    known = profile(spec(made(kind)))
-    assert known.lora == linear_size(model.config, kind)
-    assert lora_parameters(model, 4) == 4 * known.lora
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=lora_targets(model)))
-    assert adapted.get_nb_trainable_parameters()[0] == 4 * known.lora
-    assert not any("lm_head" in n for n, p in adapted.named_parameters() if p.requires_grad)
+    return get_peft_model(model, LoraConfig(r=r, task_type=family.peft_task, **models.adapter_settings(model, wanted)))
 
 
-@pytest.mark.parametrize("kind, targets", [
-    ("llama3", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
-    ("gpt2", ["c_attn", "c_fc", "c_proj"]),
-    ("phi3", ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
-    ("t5", ["k", "o", "q", "v", "wi", "wo"]),
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_lora_adapts_every_layer_that_reads_text_and_no_head(kind):
+    config, family, expected = adaptable(kind)
+    assert models.adapter_settings(meta_model(config, family)) == expected
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_the_parameters_that_are_counted_are_those_that_peft_trains_and_each_of_them_learns(kind):
+    config, family, _ = adaptable(kind)
+    planned, known = lora_parameters(meta_model(config, family), 4), models.describe_model(config, family=family)
+    torch.manual_seed(0)
+    model = adapted(type(meta_model(config, family))(config), family).eval()  # dropout would hide that the loss falls
+    assert planned == model.get_nb_trainable_parameters()[0] == 4 * known.lora + known.head
+    ids = torch.arange(12).reshape(2, 6) + 2
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2]) if family.name == "classifier" else ids}
+    if kind == "gemma3 with pictures": batch["token_type_ids"] = torch.zeros_like(ids)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer, losses = torch.optim.AdamW(trained.values(), lr=1e-2), []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+        silent = [n for n, p in trained.items() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] and silent == []
+    assert not any("lm_head" in n or "vision" in n for n in trained)
+
+
+def test_tinyllama_has_the_trainable_parameters_that_were_published():
+    known = profile(ModelSpec(name="TinyLlama/TinyLlama-1.1B-Chat-v1.0"), wanted=SEVEN)
+    trained = 32 * known.lora
+    assert trained == 25_231_360 and round(100 * trained / (known.parameters + trained), 2) == 2.24
+
+
+def test_a_recipe_may_adapt_fewer_layers():
+    config, family, _ = adaptable("llama")
+    model = meta_model(config, family)
+    assert lora_targets(model, ["q_proj", "v_proj"]) == ["q_proj", "v_proj"]
+    assert lora_targets(model, ["mlp.up_proj"]) == ["up_proj"]
+    assert lora_parameters(model, 4, ["q_proj", "v_proj"]) == 2 * 4 * (32 + 32 + 32 + 16)
+    assert models.describe_model(config, wanted=["q_proj"]).lora == 2 * (32 + 32)
+
+
+def test_a_recipe_that_wants_one_layers_weights_gets_no_other():
+    config, family, _ = adaptable("llama")
+    assert lora_targets(meta_model(config, family), ["1.self_attn.q_proj"]) == ["1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("kind, wanted, said", [
+    ("phi3", ["q_proj", "qkv_proj"], "lora_targets: q_proj: Phi3ForCausalLM has no such layers, did you mean 'o_proj'|'qkv_proj'"),
+    ("llama", ["c_attn"], "lora_targets: c_attn: LlamaForCausalLM has no such layers"),
+    ("llama", ["lm_head"], "lora_targets: lm_head"),
+    ("bert, classes", ["pooler.dense"], "lora_targets: pooler.dense"),
+    ("gemma3 with pictures", ["fc1"], "lora_targets: fc1"),
 ])
-def test_lora_adapts_every_linear_layer_but_the_head(made, kind, targets):
-    assert lora_targets(load(made(kind)).model) == targets
+def test_a_layer_that_a_model_does_not_have_is_an_error_that_names_it(kind, wanted, said):
+    config, family, _ = adaptable(kind)
+    with pytest.raises(DistillError, match=said): lora_targets(meta_model(config, family), wanted)
 
 
-def test_lora_leaves_the_head_alone_where_its_layers_share_names_with_the_body(made):
-    "BERT's head has a `dense` of its own, and so has each of its layers"
-    from peft import LoraConfig, get_peft_model
-    model = load(made("bert_mlm")).model
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model)))
-    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
-    assert any("layer.1.output.dense" in n for n in trained) and not any("cls." in n for n in trained)
+@pytest.mark.parametrize("kind", ["llama3", "gpt2", "phi3", "t5"])
+def test_the_size_of_an_adapter_follows_from_the_architecture(made, kind):
+    known = profile(spec(made(kind)))
+    assert known.lora == linear_size(load(made(kind)).model.config, kind)
 
 
-def test_lora_adapts_the_experts_of_a_mixture():
-    from peft import LoraConfig, get_peft_model
-    config = AutoConfig.for_model("mixtral", **SMALL, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4)
-    model = meta_model(config)
-    with torch.device("meta"): adapted = get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model)))
-    assert any("experts" in n for n, p in adapted.named_parameters() if p.requires_grad)
-    assert lora_parameters(meta_model(config), 2) == adapted.get_nb_trainable_parameters()[0]
+def test_the_head_of_a_new_classifier_is_planned(made):
+    known = profile(spec(made("bert_mlm")), labels=5)
+    assert known.family == "classifier" and known.vocab_size == 5 and known.head == (32 * 32 + 32) + (32 * 5 + 5)
+
+
+# ---- configurations that ship
+
+PUBLISHED = {  # parameters, as their authors and the hub's pages count them
+    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096, "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552, "unsloth/Phi-3-mini-4k-instruct-bnb-4bit": 3_821_079_552,
+    "google/gemma-7b": 8_537_680_896, "google/gemma-7b-it": 8_537_680_896, "google/gemma-2b": 2_506_172_416,
+    "google/gemma-2b-it": 2_506_172_416, "FacebookAI/roberta-base": 124_697_433, "google-t5/t5-small": 60_506_624,
+    "google/flan-t5-base": 247_577_856, "Helsinki-NLP/opus-mt-en-de": 74_410_496, "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248, "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304, "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_shipped_configuration_has_the_parameters_that_were_published(name):
+    known = check_model(ModelSpec(name=name), families=("causal", "seq2seq", "masked"), weights=False)
+    assert known.parameters == PUBLISHED[name] and known.roles[:2] == ["user", "assistant"] and known.tokens <= known.embeddings
+    assert known.quantize == ("4bit" if "4bit" in name else None)
+
+
+def test_every_shipped_configuration_is_in_the_table():
+    from distill_nb.core import shipped_dir
+    assert {read_json(f)["source"].removeprefix("https://huggingface.co/") for f in (shipped_dir()/"configs").glob("*--*.json")} == PUBLISHED.keys()
+
+
+def test_phi3_in_4_bits_has_the_trainable_parameters_that_its_notebooks_print():
+    "Rank 16 on the seven projections: `Number of trainable parameters = 29,884,416`"
+    assert 16 * profile(ModelSpec(name="unsloth/Phi-3-mini-4k-instruct-bnb-4bit")).lora == 29_884_416
+
+
+def test_a_shipped_configuration_is_enough_for_a_plan_and_not_for_a_run(capsys):
+    gemma = ModelSpec(name="google/gemma-7b-it")
+    models.log_once.cache_clear()
+    check_model(gemma, weights=False)
+    check_model(gemma, weights=False)
+    assert capsys.readouterr().out.count("google/gemma-7b-it: cannot be had from the hub now, so its shape is taken from this package") == 1
+    with pytest.raises(DistillError, match="google/gemma-7b-it: its weights are not in the hub's cache"): check_model(gemma)
+
+
+def test_a_recipes_template_decides_the_roles_where_only_the_shape_is_known():
+    assert profile(ModelSpec(name="google/gemma-7b-it")).roles == ["user", "assistant"]
+    assert profile(ModelSpec(name="google/gemma-7b-it", template="qa")).roles == ["user", "assistant", "system"]
+
+
+@pytest.mark.parametrize("changed, said", [({}, ""), ({"num_hidden_layers": 27}, "num_hidden_layers is 27 and not 28; the hub's counts")])
+def test_the_hubs_configuration_is_preferred_and_a_difference_is_said(monkeypatch, capsys, changed, said):
+    config = AutoConfig.for_model(**models.shipped_config("google/gemma-7b")["config"] | changed)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: config)
+    models.log_once.cache_clear()
+    assert models.model_config(ModelSpec(name="google/gemma-7b")) is config
+    out = capsys.readouterr().out
+    assert said in out if said else out == ""
 
 
 # ---- profiles
