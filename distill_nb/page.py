@@ -265,8 +265,9 @@ PAGE_HTML = """
 {% if losses %}
 <h2>Training</h2>
 <div class="plots">
-{% for stage, plot in losses %}<figure>{{ plot }}<figcaption>{{ stage }}</figcaption></figure>{% endfor %}
+{% for stage, plot, _ in losses %}<figure>{{ plot }}<figcaption>{{ stage }}</figcaption></figure>{% endfor %}
 </div>
+{% for stage, _, cells in losses if cells[1] %}<h3>{{ stage }}</h3>{{ table(*cells) }}{% endfor %}
 {% endif %}
 {% if facts %}<h2>From the other stages</h2><ul>{% for f in facts %}<li>{{ f }}</li>{% endfor %}</ul>{% endif %}
 <h2>Stages</h2>
@@ -308,8 +309,8 @@ def render_html(
     from markupsafe import Markup
     env = Environment(loader=DictLoader(PAGE_TEMPLATES), autoescape=True, trim_blocks=True)
     evaluations = [page_evaluation(e, i) for i, e in enumerate(report["evaluations"])]
-    plots = [(t["stage"], plot_loss(t["rows"], f"l{i}")) for i, t in enumerate(report["training"])]
-    losses = [(stage, Markup(plot)) for stage, plot in plots if plot]
+    plots = [(t, plot_loss(t["rows"], f"l{i}")) for i, t in enumerate(report["training"])]
+    losses = [(t["stage"], Markup(plot), training_cells(t["rows"])) for t, plot in plots if plot]
     cost, total = benchmark_cells(report["benchmark"]), time_text(sum(s["seconds"] for s in report["stages"]))
     return env.get_template("page.html").render(
         r=report, style=Markup(STYLE), evaluations=evaluations, losses=losses, cost=cost, facts=facts(report),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Params', 'ReportParams', 'hide_paths', 'read_stage', 'read_stages', 'read_evaluation', 'add_sizes', 'collect',
-           'build_report', 'render_text', 'md_evaluation', 'render_markdown', 'write_report']
+           'build_report', 'validations', 'render_text', 'md_evaluation', 'render_markdown', 'write_report']
 
 # %% ../nbs/55_report.ipynb #c005
 import datetime, html, itertools, re
@@ -118,6 +118,13 @@ def build_report(
             "packages": {p: ", ".join(sorted(v)) for p, v in versions.items()}}
 
 # %% ../nbs/55_report.ipynb #c032
+def validations(
+    report:dict, # what `build_report` gives
+)->list[tuple[str, tuple]]: # stage, and header and rows of its table
+    "The trainings that were validated"
+    tables = [(t["stage"], training_cells(t["rows"])) for t in report["training"]]
+    return [(stage, cells) for stage, cells in tables if cells[1]]
+
 def render_text(
     report:dict, # what `build_report` gives
 )->str: # what `results.txt` holds
@@ -129,6 +136,7 @@ def render_text(
     if report["benchmark"]:
         header, rows = benchmark_cells(report["benchmark"])
         parts.append("Cost:\n" + align([header] + rows) + "\n")
+    for stage, cells in validations(report): parts.append(f"Training, {stage}:\n{align([cells[0]] + cells[1])}\n")
     return "\n".join(parts + facts(report)).rstrip() + "\n"
 
 # %% ../nbs/55_report.ipynb #c039
@@ -156,6 +164,7 @@ def render_markdown(
     blocks = [f"# {html.escape(report['title'], quote=False)}"]
     for e in report["evaluations"]: blocks += md_evaluation(e)
     if report["benchmark"]: blocks += ["## Cost", md_table(*benchmark_cells(report["benchmark"]))]
+    for stage, cells in validations(report): blocks += [f"## Training: {stage}", md_table(*cells)]
     if told := facts(report): blocks += ["## From the other stages", "\n".join(f"- {f}" for f in told)]
     blocks += ["## Stages", md_table(*stage_cells(report))]
     blocks += ["## Versions", md_table(["package", "version"], report["packages"].items())]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RANGES', 'METRICS_VERSION', 'PER_TOKEN', 'metric_title', 'number_text', 'interval_text', 'count_text', 'time_text',
            'counted', 'plain', 'align', 'md_cell', 'md_table', 'md_block', 'read_metrics', 'metric_names',
-           'table_cells', 'metrics_frame', 'cut_note', 'table_notes', 'paired_cells', 'render_table', 'benchmark_cells']
+           'table_cells', 'metrics_frame', 'cut_note', 'table_notes', 'paired_cells', 'render_table', 'benchmark_cells',
+           'training_cells']
 
 # %% ../nbs/08_tables.ipynb #h003
 import html, re
@@ -221,3 +222,19 @@ def benchmark_cells(
     names = list(dict.fromkeys(k for of in benchmark.values() for k, v in of.items() if not isinstance(v, list)))
     rows = [[model] + [plain(of.get(n)) for n in names] for model, of in benchmark.items()]
     return ["model"] + [n.replace("_", " ") for n in names], rows
+
+# %% ../nbs/08_tables.ipynb #l002
+def training_cells(
+    log:list[dict], # rows of `train_log.jsonl`: step, and loss or eval_loss
+)->tuple[list[str], list[list[str]]]: # header, and a row a validation; no rows where nothing was validated
+    "The validations of a training"
+    names = list(dict.fromkeys(k for r in log for k in r if k.startswith("eval_") and isinstance(r[k], int | float)))
+    rows, since = [], []
+    for r in log:
+        if r.get("loss") is not None: since.append(r["loss"])
+        if not names or r.get("eval_loss") is None: continue
+        learnt = number_text(sum(since) / len(since), "loss") if since else "none"
+        found = [number_text(r[k], k.removeprefix("eval_")) if k in r else "none" for k in names]
+        rows.append([plain(r["step"]), plain(r.get("epoch")), learnt, *found])
+        since = []
+    return ["step", "epoch", "training loss", *("validation " + k[5:].replace("_", " ") for k in names)], rows

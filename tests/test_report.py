@@ -177,3 +177,16 @@ def test_the_stage_writes_into_its_own_folder_only(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not [p.name for p in run.iterdir() if p.is_file()]
     assert {p.name for p in out.iterdir()} >= {"report.html", "report.md", "report.json", "results.txt", "manifest.json"}
+
+
+def test_validations_stand_in_every_form_beside_the_loss_that_led_up_to_them(run):
+    log = [{"step": s, "loss": float(s)} for s in (1, 2)] + [{"step": 2, "epoch": 1.0, "eval_loss": 1.25, "eval_token_accuracy": 0.5}]
+    log += [{"step": 3, "loss": 4.0}, {"step": 4, "loss": 6.0}, {"step": 4, "epoch": 2.0, "eval_loss": 1.125, "eval_token_accuracy": 0.75}]
+    write_jsonl(run/"02-student"/"train_log.jsonl", log)
+    report = rp.build_report(run)
+    assert rp.validations(report) == [("02-student", (["step", "epoch", "training loss", "validation loss", "validation token accuracy"],
+                                                      [["2", "1", "1.500", "1.250", "0.500"], ["4", "2", "5.000", "1.125", "0.750"]]))]
+    for text in (rp.render_text(report), rp.render_markdown(report), rp.render_html(report)):
+        assert all(number in text for number in ("1.500", "5.000", "1.125", "0.750")) and "validation token accuracy" in text
+    write_jsonl(run/"02-student"/"train_log.jsonl", log[:2])
+    assert "validation loss" not in rp.render_text(rp.build_report(run))
