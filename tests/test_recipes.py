@@ -141,7 +141,7 @@ MISTAKES = {  # what is done to the recipe, and what must be said
     "a stage whose parameters are a word": (put_top(stages=[{"annotate": "quickstart"}]),
         ["recipe.yaml: stage", "annotate", "'quickstart'"]),
     "4-bit weights trained whole": (put("student", method="full", model={"name": "smollm2-135m-instruct", "quantize": "4bit"}),
-                                    ["recipe.yaml: stage 'student':", "quantize: 4-bit weights cannot be trained", "method: lora"]),
+                                    ["recipe.yaml: stage 'student':", "quantize: 4-bit weights cannot be trained", "method: qlora"]),
     "a missing column of the rows that prove a merge": (put("distilled", proof={"path": "rows.jsonl", "columns": {"prompt": "promt"}}),
                                     ["recipe.yaml: stage 'distilled': proof:", "rows.jsonl: columns: prompt:", "did you mean 'prompt'?"]),
     "a word that YAML takes for yes": (put("annotate", labels=["maybe", True]),

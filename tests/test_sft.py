@@ -34,6 +34,11 @@ OTHERS = [conversation(f"v{n}", answer, f"Say that, {n}.") for n, answer in enum
 def base(tmp_path_factory): return tiny.make(tmp_path_factory.mktemp("base"), "chatml")
 
 
+def reader(loaded, params):
+    classes = sft.class_names(loaded.model) if loaded.family.name == "classifier" else None
+    return sft.Reader(loaded.tokenizer, loaded.family, params.max_length, params.loss_on, classes)
+
+
 def trainer_for(base, folder, train=ROWS, validation=(), **more):
     "A trainer on rows in memory"
     values = dict(out=str(folder), model=ModelSpec(name=str(base)), data="sample", engine="trl", batch_size=3, max_length=256,
@@ -41,8 +46,8 @@ def trainer_for(base, folder, train=ROWS, validation=(), **more):
     params = sft.SftParams(**values)
     write_jsonl(folder/"rows"/"train.jsonl", train)
     if validation: write_jsonl(folder/"rows"/"validation.jsonl", validation)
-    loaded = sft.load_with_peft(params, PLAN, str(base))
-    with open_rows(str(folder/"rows")) as rows: sets = sft.training_sets(rows, loaded, params.max_length, folder/"checkpoints")
+    loaded = sft.load_student(params, PLAN, "trl")
+    with open_rows(str(folder/"rows")) as rows: sets = sft.training_sets(rows, reader(loaded, params), folder/"checkpoints")
     return sft.make_trainer(params, PLAN, loaded, *sets, micro=params.batch_size), params, loaded
 
 
@@ -97,8 +102,8 @@ engine, _ = sft.choose_engine("unsloth", Path(out)/"compiled")
 from distill_nb.data import open_rows
 from distill_nb.hardware import plan_hardware
 params = sft.SftParams(out=out, model=base, data=data, engine="unsloth", batch_size=3, max_length=256, max_steps=1, learning_rate=1e-9, lora_r=2)
-loaded = sft.load_with_unsloth(params, plan_hardware("cpu"), base)
-with open_rows(data) as rows: train, validation = sft.training_sets(rows, loaded, 256, Path(out)/"checkpoints")
+loaded = sft.load_student(params, plan_hardware("cpu"), "unsloth")
+with open_rows(data) as rows: train, validation = sft.training_sets(rows, sft.Reader(loaded.tokenizer, loaded.family, 256), Path(out)/"checkpoints")
 trainer = sft.make_trainer(params, plan_hardware("cpu"), loaded, train, validation, 3)
 batch = {k: v.tolist() for k, v in next(iter(trainer.get_train_dataloader())).items()}
 curve = sft.run_training(lambda micro: trainer, params, plan_hardware("cpu")).curve
@@ -271,11 +276,12 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(base, tmp_p
 
 # What is refused before anything is paid
 
-@pytest.mark.parametrize("kind", ["bert_mlm", "bert_cls", "t5"])
-def test_a_family_that_does_not_work_yet_is_refused(kind, tmp_path):
+@pytest.mark.parametrize("kind, task, why", [
+    ("bert_mlm", "chat", "is a masked model, which learns from rows of task text or classify; rows of task chat are for"),
+    ("bert_cls", "text", "is a classifier model"), ("t5", "text", "is a seq2seq model"), ("chatml", "text", "for masked models")])
+def test_a_model_whose_family_has_no_use_for_the_rows_is_refused(kind, task, why, tmp_path):
     folder = tiny.make(tmp_path/kind, kind)
-    with pytest.raises(DistillError, match="this stage takes causal"):
-        check_model(ModelSpec(name=str(folder)), "chat", 64, sft.SftParams.families)
+    with pytest.raises(DistillError, match=why): sft.SftParams(model=str(folder), data="sample", task=task).ready()
 
 
 def test_an_adapter_is_refused_before_the_run(base, tmp_path):
