@@ -16,7 +16,7 @@ __all__ = ['REPORTERS', 'BUSY', 'MARKED', 'ASIDE', 'SKIPPED', 'LINES', 'TIMES', 
            'too_large', 'free_memory', 'run_training']
 
 # %% ../../nbs/21_learn.training.ipynb #t002
-import contextlib, gc, importlib.util, json, math, os, random, re, shutil, statistics, time, zlib
+import contextlib, gc, importlib.util, json, math, os, random, re, shutil, statistics, time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,12 +190,13 @@ def rows_a_pass(
 def decide_training(
     params:TrainParams, # with `auto` where the machine is to choose
     plan:HardwarePlan, # the machine
+    shape:Profile|None=None, # of the model, as it is trained; none: found by its name
     length:int|None=None, # tokens of the longest row; none: max_length
 )->TrainParams: # without
     "Choose micro_batch and gradient_checkpointing by the estimate of memory"
-    length = min(length or params.max_length, params.max_length)
-    rank, shape, again = params.lora_r, profile(params.model), params.gradient_checkpointing
-    if method_of(params, plan) == "full": rank = None
+    length, again = min(length or params.max_length, params.max_length), params.gradient_checkpointing
+    rank = None if method_of(params, plan) == "full" else params.lora_r
+    shape = shape or profile(params.model)
     def fit(again):
         most = params.batch_size if plan.hardware.device != "cpu" else BUSY // length
         most = rows_a_pass(params, most) if params.micro_batch == "auto" else params.micro_batch
@@ -298,18 +299,11 @@ class EpochOrder(Watch):
         rows = trainer.train_dataset
         self.rows, self.seed, self.together = len(rows), params.seed, params.batch_size
         self.lengths = [len(ids) for ids in rows["input_ids"]] if params.group_by_length else None
-        self.collate, trainer.data_collator = trainer.data_collator, self.draw_anew
         trainer._get_train_sampler = lambda dataset=None: self
 
     def on_epoch_begin(self, args, state, control, **kw): self.epoch = int((state.epoch or 0) + 1e-6)
     def __len__(self): return self.rows
     def __iter__(self): return iter(epoch_order(self.rows, self.epoch, self.seed, self.lengths, self.together))
-
-    def draw_anew(self, rows):
-        import torch
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{self.seed} {self.epoch} {rows}".encode()))
-            return self.collate(rows)
 
 # %% ../../nbs/21_learn.training.ipynb #c022
 MARKED = "complete"  # the file that is written last
@@ -544,12 +538,12 @@ def never_learnt(
 
 def still_zero(
     name:str, # of a weight without a gradient
-    weights:dict[str, Any], # all that are trained
+    learning:dict[str, Any], # the weights that had one
     dtype:"torch.dtype", # that products are computed in: a tiny weight may be 0 in it
 )->bool:
-    "Whether it is half of an adapter whose other half has not moved"
+    "Whether it is half of an adapter whose other half learns, but has not moved yet"
     other = re.sub(r"lora_(embedding_)?[AB]", lambda m: m[0][:-1] + ("B" if m[0][-1] == "A" else "A"), name)
-    return other != name and other in weights and not weights[other].to(dtype).any()
+    return other in learning and not learning[other].to(dtype).any()
 
 # %% ../../nbs/21_learn.training.ipynb #t031
 class Gradients(Watch):
@@ -575,8 +569,10 @@ class Gradients(Watch):
         self.seen |= set().union(*of_all(self.now))
         self.left = [name for name in self.left if name not in self.seen]
         if self.applied < self.steps: return
-        self.left = [name for name in self.left if still_zero(name, self.trained, self.dtype)]
-        missing = never_learnt([n for n in self.trained if n not in self.seen and n not in self.left], self.seen)
+        learning = {name: self.trained[name] for name in self.seen}
+        waiting = [name for name in self.left if still_zero(name, learning, self.dtype)]
+        missing = never_learnt([name for name in self.left if name not in waiting], self.seen)
+        self.left = waiting
         if missing: raise DistillError(not_learning(missing, len(self.trained), self.applied))
 
 # %% ../../nbs/21_learn.training.ipynb #t032
@@ -639,20 +635,20 @@ def check_log(
     return overflows + 1
 
 # %% ../../nbs/21_learn.training.ipynb #t037
-LINES = 5  # of the log, whose median must stay low
+LINES = 5  # of the log, in a row
 
 def loss_limit(
     losses:list[float], # lines of the log
 )->float: # nats
-    "What the next lines should stay below: twice the lowest median so far (or the first two lines), and two nats"
+    "What the next line should stay below: twice the lowest median so far (or the first two lines), and three nats"
     medians = [statistics.median(losses[i:i + LINES]) for i in range(len(losses) - LINES + 1)]
-    return 2 * min([statistics.fmean(losses[:2]), *medians]) + 2 if losses else math.inf
+    return 2 * min([statistics.fmean(losses[:2]), *medians]) + 3 if losses else math.inf
 
 def has_exploded(
     losses:list[float], # lines of the log
 )->bool:
-    "Whether the last lines, together, are far above what was reached"
-    return len(losses) >= LINES and statistics.median(losses[-LINES:]) > loss_limit(losses[:-1])
+    "Whether the last lines all lie far above what was reached"
+    return len(losses) > LINES and min(losses[-LINES:]) > loss_limit(losses[:-LINES])
 
 # %% ../../nbs/21_learn.training.ipynb #t039
 class Losses(Watch):
@@ -664,7 +660,7 @@ class Losses(Watch):
         losses = [h["loss"] for h in state.log_history if "loss" in h]
         if not losses or "loss" not in (logs or {}): return
         if has_exploded(losses):
-            what = f"the loss has risen to {statistics.median(losses[-LINES:]):.2f}, from {min(losses):.2f}"
+            what = f"the loss has risen from {min(losses):.2f} to {losses[-1]:.2f}"
             raise diverged(state.global_step, what, "cut gradients shorter (max_grad_norm)")
         if losses[-1] > loss_limit(losses[:-1]): control.should_save = False
 
