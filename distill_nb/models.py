@@ -1038,6 +1038,7 @@ class Profile(Strict):
     tokens: int|None = Field(None, description="tokens that the tokenizer may give; none: there is no tokenizer")
     roles: list[str] = Field([], description="what the chat template takes; empty where it fails on any conversation")
     quantize: str|None = Field(None, description="how the weights will be loaded")
+    config: dict = Field({}, description="the configuration, where it differs from its class's own defaults")
 
 # %% ../nbs/06_models.ipynb #c036d
 def longest_text(
@@ -1111,7 +1112,7 @@ def describe_model(
     sizes = dict(parameters=count_parameters(model), linear=linear, lora=lora, head=count_head(model),
                  passing=passing_numbers(model), scores=stored_scores(model), layers=layer_counts(model))
     return Profile(
-        family=family.name, model_type=config.model_type, **sizes,
+        family=family.name, model_type=config.model_type, config=config.to_diff_dict(), **sizes,
         hidden_size=config.get_text_config(decoder=True).hidden_size,
         vocab_size=config.num_labels if head is None else head.weight.shape[0],
         embeddings=model.get_input_embeddings().weight.shape[0], positions=longest_text(model),
@@ -1154,7 +1155,7 @@ def shipped_tokenizer(
 
 
 # %% ../nbs/06_models.ipynb #c036j
-PROFILE_VERSION = 1  # to be raised when the same field would hold another number
+PROFILE_VERSION = 2  # to be raised when the same field would hold another number
 _PROFILES = {}
 
 def keep_profile(

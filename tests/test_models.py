@@ -16,6 +16,8 @@ from transformers import AutoConfig
 
 from distill_nb import models
 from distill_nb.core import DistillError, read_json, write_json
+from distill_nb.hardware import plan_hardware
+from distill_nb.memory import training_memory
 from distill_nb.models import (
     check_model, count_parameters, identity, layer_lists, load_model, lora_parameters, lora_targets, meta_model, profile, shrink)
 from distill_nb.stage import ModelSpec
@@ -719,6 +721,7 @@ def test_the_hubs_configuration_is_preferred_and_a_difference_is_said(monkeypatc
 def test_a_second_plan_imports_neither_transformers_nor_torch(made, adapter, cache):
     specs = [spec(made("gemma2"), layers=1), spec(made("t5")), spec(adapter), ModelSpec(name="smollm2-135m-instruct", layers=22)]
     first = [check_model(s, families=("causal", "seq2seq")) for s in specs]
+    for p in first: training_memory(p, plan_hardware("t4"), 2, 64, 8)
     code = ("import json, sys; from distill_nb.models import *; from distill_nb.memory import *; from distill_nb.stage import ModelSpec;"
             "from distill_nb.hardware import plan_hardware;"
             "specs = [ModelSpec(**s) for s in json.loads(sys.argv[1])]; plan = plan_hardware('t4');"

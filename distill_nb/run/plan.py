@@ -7,7 +7,7 @@ __all__ = ['HIDDEN', 'outline', 'is_docstring', 'parse_code', 'code_digest', 'st
            'source_identity', 'path_content', 'plain_parameters', 'input_content', 'loads_model', 'depends_on',
            'fingerprint_parts', 'take_fingerprints', 'same_outputs', 'find_manifest', 'newer_stage', 'changed_parts',
            'other_versions', 'done_since', 'decide_done', 'decide_begun', 'decide', 'kept_layers', 'origin',
-           'plan_stage', 'plan_recipe', 'plan_lines', 'render_plan']
+           'plan_stage', 'plan_recipe', 'memory_lines', 'plan_lines', 'render_plan']
 
 # %% ../../nbs/62_run.plan.ipynb #h003
 import ast, functools, json, re, time
@@ -19,6 +19,7 @@ from ..stage import *
 from ..hardware import *
 from ..data import *
 from ..models import *
+from ..memory import *
 from .recipe import *
 from .check import *
 
@@ -305,6 +306,16 @@ def plan_recipe(
         return hardware, [plan_stage(s, stages, opened, hardware) for s in stages]
 
 # %% ../../nbs/62_run.plan.ipynb #c036
+def memory_lines(
+    row:dict, # from `plan_stage`, with a peak; perhaps phases, and what to change where it does not fit
+    machine:Hardware, # the machine
+)->Iterator[str]:
+    "Say what a stage needs, what is short, and what to change first"
+    fits = "" if row["peak"] < machine.memory else ": DOES NOT FIT"
+    yield f"    memory: about {row['peak']/GiB:.1f} of {machine.memory/GiB:.1f} GiB{fits}"
+    for short in shortages(row.get("phases", {}), machine): yield f"    {short}"
+    for n, change in enumerate(row.get("change", [])): yield f"    {'then' if n else 'change first'} {change}"
+
 def plan_lines(
     row:dict, # from `plan_stage`
     hardware:HardwarePlan, # the machine
@@ -316,10 +327,7 @@ def plan_lines(
         counts = [f"{size:,} parameters"] if size else []
         if trained: counts.append(f"{trained:,} trained ({trained/size:.1%})")
         yield f"    {row['model']}: {', '.join([*counts, row['dtype']])}"
-    if "peak" in row:
-        have = hardware.hardware.memory
-        fits = "" if row["peak"] < have else ": DOES NOT FIT"
-        yield f"    memory: about {row['peak']/GiB:.1f} of {have/GiB:.1f} GiB{fits}"
+    if "peak" in row: yield from memory_lines(row, hardware.hardware)
     if "tokens" in row: yield f"    teacher tokens: at most {row['tokens']:,}; price: {row['price']}"
     if "note" in row: yield f"    {row['note']}"
 
