@@ -7,8 +7,9 @@ __all__ = ['DTYPE_BYTES', 'LENGTH', 'GUESS', 'LOGIT_BYTES', 'TEACHER_LOGIT_BYTES
            'ROOM', 'weight_bytes', 'Way', 'way_to_train', 'layer_kinds', 'one_of_each', 'play_packed', 'as_trained',
            'kernel_rules', 'make_fake', 'saved_bytes', 'batch_of', 'growth', 'grown', 'measure_kept', 'guess_kept',
            'find_kept', 'wider', 'kept_sizes', 'activation_bytes', 'logit_bytes', 'with_peak', 'trained_numbers',
-           'forward_bytes', 'teacher_parts', 'training_phases', 'shortages', 'training_memory', 'divisors',
-           'fit_micro_batch', 'changes_to_try', 'what_to_change', 'inference_memory', 'likelihood_memory']
+           'forward_bytes', 'teacher_parts', 'lasting_parts', 'highest_moment', 'training_phases', 'shortages',
+           'training_memory', 'divisors', 'fit_micro_batch', 'changes_to_try', 'what_to_change', 'inference_memory',
+           'likelihood_memory']
 
 # %% ../nbs/19_memory.ipynb #h003
 import importlib.metadata, logging
@@ -383,6 +384,32 @@ def teacher_parts(
             "logits": logit_bytes(teacher, batch_size, length, chunk, TEACHER_LOGIT_BYTES)}
 
 
+# %% ../nbs/19_memory.ipynb #m063n
+def lasting_parts(
+    model:Profile, # from `profile`
+    plan:HardwarePlan, # says which optimiser
+    way:Way, # how it is trained
+    trainable:int, # numbers
+)->dict[str, int]: # weights, adapter, optimizer
+    "What is there all the time"
+    moments = MOMENT_BYTES["8bit" if "8bit" in plan.optim else "32bit"]
+    return {"weights": weight_bytes(model, "4bit" if way.packed else way.dtype, rest=4),
+            "adapter": trainable * 4 if way.lora_r else 0, "optimizer": int(trainable * moments)}
+
+def highest_moment(
+    kept:int, # activations when the forward pass is over
+    layer:int, # of one layer
+    logits:int,
+    gradients:int,
+    checkpointing:bool, # whether layers are computed again
+    accumulating:bool, # whether there are gradients before the backward pass
+)->int: # bytes
+    "The most that is there at once of what comes and goes"
+    forward = kept + logits + (gradients if accumulating else 0)
+    backward = gradients + layer + (kept if checkpointing else 0)
+    return max(forward, backward)
+
+
 # %% ../nbs/19_memory.ipynb #m063b
 MAIN_BYTES = 3 * GiB  # of main memory, for a process that computes on a GPU
 
@@ -417,7 +444,7 @@ def shortages(
 # %% ../nbs/19_memory.ipynb #m064
 def training_memory(
     model:Profile, # from `profile`; its `quantize` says whether the adapter is trained on 4-bit weights
-    plan:HardwarePlan, # the machine; `optim`, `attention` as the stage has them
+    plan:HardwarePlan, # the machine; with `optim` and `attention` as the stage has them
     batch_size:int, # rows of a forward pass, the micro-batch
     length:int, # tokens a row
     lora_r:int|None=None, # none: full fine-tuning
@@ -428,25 +455,20 @@ def training_memory(
     teacher:Profile|None=None, # a resident one
     logits_chunk:int|None=None, # positions whose logits are made at a time; none: all
     accumulating:bool=True, # whether gradients of earlier micro-batches wait while a batch is on its way forward
+    devices:int=1, # that train together: each sends its gradients from a second copy of them
 )->dict: # parameters, trainable; bytes of parts, which are not all there at once; peak; phases
-    "Estimate the peak memory of training: it has to hold the weights, and the largest of what comes and goes"
+    "Estimate the peak memory of training: what lasts, and the most of what comes and goes"
     plan = plan_for_model(plan, model.model_type)
     way = way_to_train(model, plan, lora_r, targets=targets, dropout=dropout)
     trainable = trained_numbers(model, lora_r, targets)
-    kept, largest = activation_bytes(model, way, batch_size, length, checkpointing)
-    none = {"weights": 0, "logits": 0}
-    beside = teacher_parts(teacher, plan, batch_size, length, logits_chunk) if teacher else none
-    stay = {"weights": weight_bytes(model, "4bit" if way.packed else way.dtype, rest=4),
-            "adapter": trainable * 4 if lora_r else 0, "teacher": beside["weights"],
-            "optimizer": trainable * MOMENT_BYTES["8bit" if "8bit" in plan.optim else "32bit"]}
-    pass_by = {"gradients": trainable * 4, "activations": kept + (largest if checkpointing else 0),
-               "logits": logit_bytes(model, batch_size, length, logits_chunk) + beside["logits"]}
-    forward = kept + pass_by["logits"] + pass_by["gradients"] * accumulating
-    backward = pass_by["gradients"] + (kept if checkpointing else 0) + largest
-    counts = {"parameters": model.parameters, "trainable": trainable}
-    need = with_peak(plan, counts, stay | {"most": max(forward, backward)})
-    need |= {k: int(v) for k, v in pass_by.items()}
-    need.pop("most")
+    kept, layer = activation_bytes(model, way, batch_size, length, checkpointing)
+    lasting, logits = lasting_parts(model, plan, way, trainable), logit_bytes(model, batch_size, length, logits_chunk)
+    beside = teacher_parts(teacher, plan, batch_size, length, logits_chunk) if teacher else dict(weights=0, logits=0)
+    lasting["teacher"], logits = beside["weights"], logits + beside["logits"]
+    gradients = trainable * 4 * min(devices, 2)
+    most = highest_moment(kept, layer, logits, gradients, checkpointing, accumulating)
+    need = with_peak(plan, {"parameters": model.parameters, "trainable": trainable}, lasting | {"passing": most})
+    need |= dict(gradients=gradients, activations=kept + (layer if checkpointing else 0), logits=logits)
     return need | {"phases": training_phases(need, plan)}
 
 
@@ -474,7 +496,8 @@ def fit_micro_batch(
     ways = (False, True) if checkpointing == "auto" else (checkpointing,)
     for again in ways:
         for micro in divisors(share):
-            need = training_memory(model, plan, micro, length, lora_r, again, accumulating=micro < share, **more)
+            need = training_memory(model, plan, micro, length, lora_r, again, accumulating=micro < share,
+                                   devices=devices, **more)
             fits = need["peak"] < ROOM * plan.hardware.memory
             if fits and (again == ways[-1] or micro >= min(4, share)): return micro, need | {"checkpointing": again}
     return 1, need | {"checkpointing": again}

@@ -273,11 +273,10 @@ def test_the_estimated_peak_is_within_a_fifth_of_what_a_process_takes(measured, 
 # ---- the published systems on a T4
 
 def published(name, quantize=None):
-    return describe_model(config_of(**split(shipped_config(name)["config"]))).model_copy(update={"quantize": quantize})
-
-
-def split(config):
-    return {"kind": config["model_type"], "settings": {k: v for k, v in config.items() if k != "model_type"}}
+    from transformers import AutoConfig
+    family = FAMILIES["classifier"] if "roberta" in name else None
+    shape = describe_model(AutoConfig.for_model(**shipped_config(name)["config"]), family=family)
+    return shape.model_copy(update={"quantize": quantize})
 
 
 PUBLISHED = {  # model, quantised, rows a step, tokens a row, rank, teacher
@@ -321,6 +320,12 @@ def test_full_training_on_a_gpu_has_fp32_weights_and_eight_bit_moments():
     shape = shape_of("roberta")
     need = training_memory(shape, plan_hardware("t4"), 1, 64)
     assert need["weights"] == need["gradients"] == 4 * shape.parameters and need["optimizer"] == pytest.approx(2 * shape.parameters, rel=0.02)
+
+
+def test_devices_that_train_together_keep_a_second_copy_of_the_gradients():
+    shape, t4 = shape_of("llama"), plan_hardware("2xt4")
+    alone, both = (training_memory(shape, t4, 2, 64, devices=n) for n in (1, 2))
+    assert both["gradients"] == 2 * alone["gradients"] and both["peak"] > alone["peak"]
 
 
 def test_chosen_targets_make_the_adapter_smaller():
@@ -399,3 +404,13 @@ def test_phases_name_the_main_memory_and_the_disk_that_run_out(machine):
 def test_on_a_cpu_the_model_is_in_the_main_memory(monkeypatch):
     need = training_memory(shape_of("llama"), plan_hardware("cpu"), 2, 64)
     assert need["phases"]["train"] == {"gpu": 0, "main": need["peak"], "disk": need["phases"]["train"]["disk"]}
+
+
+def test_a_plan_says_what_is_short_and_what_to_change_first():
+    from distill_nb.run.plan import memory_lines
+    machine = TARGETS["t4"].model_copy(update={"disk": 10*GiB})
+    row = {"peak": 20*GiB, "phases": {"save": {"gpu": 0, "main": 13*GiB, "disk": 11*GiB}}, "change": ["micro_batch: 1 (then about 9.0 GiB)", "more"]}
+    assert [line.strip() for line in memory_lines(row, machine)] == [
+        "memory: about 20.0 of 14.7 GiB: DOES NOT FIT", "main memory: about 13.0 of 12.7 GiB to save: DOES NOT FIT",
+        "disk: about 11.0 of 10.0 GiB to save: DOES NOT FIT", "change first micro_batch: 1 (then about 9.0 GiB)", "then more"]
+    assert [line.strip() for line in memory_lines({"peak": GiB}, machine)] == ["memory: about 1.0 of 14.7 GiB"]
