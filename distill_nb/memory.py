@@ -489,18 +489,20 @@ def fit_micro_batch(
     lora_r:int|None, # none: full fine-tuning
     checkpointing:bool|str=False, # or `auto`
     devices:int=1, # that share the rows
+    most:int|None=None, # rows that a pass may have; none: all
     **more, # as `training_memory` takes it
 )->tuple[int, dict]: # rows a forward pass, and the estimate with it and with `checkpointing` as it was decided
     "The largest micro-batch that fits; 1, and an estimate that does not, where none does"
     share = max(1, rows_a_step // devices)
-    ways = (False, True) if checkpointing == "auto" else (checkpointing,)
+    sizes = [n for n in divisors(share) if n <= max(1, share if most is None else most)]
+    ways = (False, True) if checkpointing == "auto" else (checkpointing is True,)
     for again in ways:
-        for micro in divisors(share):
+        for micro in sizes:
             need = training_memory(model, plan, micro, length, lora_r, again, accumulating=micro < share,
-                                   devices=devices, **more)
+                                   devices=devices, **more) | {"checkpointing": again}
             fits = need["peak"] < ROOM * plan.hardware.memory
-            if fits and (again == ways[-1] or micro >= min(4, share)): return micro, need | {"checkpointing": again}
-    return 1, need | {"checkpointing": again}
+            if fits and (again == ways[-1] or micro >= min(4, sizes[0])): return micro, need
+    return 1, need
 
 
 # %% ../nbs/19_memory.ipynb #m074

@@ -87,10 +87,14 @@ def estimate(self:SftParams, plan, rows, origin):
     model = profile(spec, self.lora_targets, labels)
     model = model.model_copy(update={"quantize": "4bit" if method == "qlora" else None})
     plan = plan_for_model(plan, model.model_type)
-    need = training_memory(model, plan, self.batch_size, length, rank, self.gradient_checkpointing is True)
-    steps = count_steps(self, rows.counts["train"])
-    return {"model": f"student {self.model}", "dtype": model.quantize or plan.train_dtype,
-            "note": f"{counted(steps, 'step')} of {counted(self.batch_size, 'row')}"} | need
+    chosen = decide_training(self, plan, model, length)
+    more = {"targets": self.lora_targets, "dropout": self.lora_dropout}
+    micro, again = chosen.micro_batch, chosen.gradient_checkpointing
+    need = training_memory(model, plan, micro, length, rank, again, accumulating=micro < self.batch_size, **more)
+    steps = f"{counted(count_steps(self, rows.counts['train']), 'step')} of {counted(self.batch_size, 'row')}"
+    note = f"{steps}, {micro} at a time{', with gradient checkpointing' if again else ''}"
+    return {"model": f"student {self.model}", "dtype": model.quantize or plan.train_dtype, "note": note,
+            "change": what_to_change(model, plan, micro, length, rank, again, **more)} | need
 
 
 # %% ../nbs/25_sft.ipynb #c024

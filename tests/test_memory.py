@@ -350,6 +350,11 @@ def test_where_memory_is_plenty_a_pass_takes_all_rows_of_a_device(machine, rows,
     assert fit_micro_batch(shape_of("llama"), machine(64*GiB), rows, 64, 8, devices=devices)[0] == micro
 
 
+def test_a_pass_may_be_kept_small():
+    shape = shape_of("llama")
+    assert [fit_micro_batch(shape, plan_hardware("t4"), 12, 64, 8, "auto", most=n)[0] for n in (None, 5, 1, 0)] == [12, 4, 1, 1]
+
+
 def test_the_micro_batch_divides_the_rows_of_a_step_and_is_the_largest_that_fits(machine):
     shape = shape_of("llama")
     def peak(rows): return training_memory(shape, plan_hardware("t4"), rows, 256, 8)["peak"]

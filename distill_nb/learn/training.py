@@ -194,18 +194,19 @@ def decide_training(
     length:int|None=None, # tokens of the longest row; none: max_length
 )->TrainParams: # without
     "Choose micro_batch and gradient_checkpointing by the estimate of memory"
-    length, again = min(length or params.max_length, params.max_length), params.gradient_checkpointing
-    rank = None if method_of(params, plan) == "full" else params.lora_r
-    shape = shape or profile(params.model)
-    def fit(again):
-        most = params.batch_size if plan.hardware.device != "cpu" else BUSY // length
-        most = rows_a_pass(params, most) if params.micro_batch == "auto" else params.micro_batch
-        sizes = [n for n in range(most, 0, -1) if most % n == 0] if params.micro_batch == "auto" else [most]
-        peaks = {n: training_memory(shape, plan, n, length, rank, checkpointing=again)["peak"] for n in sizes}
-        return next((n for n in sizes if peaks[n] <= plan.hardware.memory), None)
-    if again == "auto": again = fit(False) is None
-    micro = fit(again) or (1 if params.micro_batch == "auto" else params.micro_batch)
-    return params.model_copy(update={"micro_batch": micro, "gradient_checkpointing": again})
+    length, method = min(length or params.max_length, params.max_length), method_of(params, plan)
+    shape = shape or profile(params.model, params.lora_targets)
+    shape = shape.model_copy(update={"quantize": "4bit" if method == "qlora" else None})
+    rank, again = None if method == "full" else params.lora_r, params.gradient_checkpointing
+    more = dict(devices=process_rank()[1], targets=params.lora_targets, dropout=params.lora_dropout)
+    if isinstance(params.micro_batch, int):
+        need = training_memory(shape, plan, params.micro_batch, length, rank, again is True, **more)
+        too_much = need["peak"] > plan.hardware.memory
+        return params.model_copy(update={"gradient_checkpointing": too_much if again == "auto" else again})
+    most = BUSY // length if plan.hardware.device == "cpu" else None
+    micro, need = fit_micro_batch(shape, plan, params.batch_size, length, rank, again, most=most, **more)
+    return params.model_copy(update={"micro_batch": micro, "gradient_checkpointing": need["checkpointing"]})
+
 
 # %% ../../nbs/21_learn.training.ipynb #t014
 def count_steps(
