@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['learn_all', 'fixed_mask', 'row_generator', 'Reader', 'encode_split', 'describe_split', 'arrow_dataset',
-           'training_sets', 'Batches', 'first_fit', 'collate_packed', 'leak', 'check_packing', 'wanted', 'class_loss',
-           'row_scores', 'watched', 'token_metrics', 'class_metrics', 'written_rouge', 'validation_metrics']
+           'training_sets', 'Batches', 'first_fit', 'tightest', 'collate_packed', 'leak', 'check_packing', 'wanted',
+           'class_loss', 'row_scores', 'watched', 'token_metrics', 'class_metrics', 'written_rouge',
+           'validation_metrics']
 
 # %% ../../nbs/23_learn.batches.ipynb #h003
 import hashlib, itertools, math
@@ -185,13 +186,23 @@ def first_fit(
         filled[home] += lengths[i]
     return bins
 
+def tightest(
+    lengths:list[int], # tokens of each row
+    room:int, # tokens of a bin, at most
+)->list[list[int]]: # bins of indices
+    "Put rows into bins that, each as wide as the fullest, have the fewest positions; of equal ones, the narrowest"
+    longest = max(lengths)
+    widths = range(longest, max(room, longest) + 1, max(1, (room - longest) // 32))
+    def positions(bins): return len(bins) * max(sum(lengths[i] for i in b) for b in bins)
+    return min((first_fit(lengths, width) for width in widths), key=positions)
+
 def collate_packed(
     rows:list[dict], # of a causal model: input_ids, labels
     tokenizer:Any, # its padding
     room:int, # tokens of a packed row
 )->dict[str, "torch.Tensor"]: # input_ids, labels, position_ids; no mask: positions that begin again say where a row begins
     "Lay rows end to end; what is left at the end is a row of padding, of its own"
-    bins = first_fit([len(r["input_ids"]) for r in rows], room)
+    bins = tightest([len(r["input_ids"]) for r in rows], room)
     def joined(values): return [list(itertools.chain(*(values(rows[i]) for i in b))) for b in bins]
     ids, real = pad(joined(lambda r: r["input_ids"]), padding_id(tokenizer))
     labels, _ = pad(joined(lambda r: [-100, *r["labels"][1:]]), -100)  # no row predicts the next one's first token

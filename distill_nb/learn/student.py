@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TAKES', 'student_family', 'configured_family', 'import_unsloth', 'choose_engine', 'named_classes', 'in_order',
-           'find_classes', 'head_names', 'check_labels', 'head_to_make', 'student_folder', 'draw_adapter',
-           'load_with_unsloth', 'load_with_peft', 'never_packed', 'set_attention', 'load_student', 'describe_student',
-           'save_student', 'note_base']
+           'find_classes', 'head_names', 'check_labels', 'head_to_make', 'draw_head', 'set_start', 'student_folder',
+           'draw_adapter', 'load_with_unsloth', 'load_with_peft', 'never_packed', 'set_attention', 'load_student',
+           'describe_student', 'save_student', 'note_base']
 
 # %% ../../nbs/22_learn.student.ipynb #h003
 import dataclasses, importlib.util, logging, os, shutil
@@ -169,6 +169,30 @@ def head_to_make(
     return {"new_head": True}
 
 
+# %% ../../nbs/22_learn.student.ipynb #s033
+def draw_head(
+    model:Any, # a classifier whose classes are new; changed in place
+    seed:int, # of the run
+):
+    "Draw the last layer anew: one of the same size, for other classes, would be a wrong beginning"
+    import torch
+    layer, draw = trained_copy(class_layer(core_model(model))), torch.Generator().manual_seed(seed)
+    fresh = torch.randn(layer.weight.shape, generator=draw) * 0.02
+    with torch.no_grad():
+        layer.weight.copy_(fresh)
+        if layer.bias is not None: layer.bias.zero_()
+
+def set_start(
+    loaded:Loaded, # an encoder-decoder model; changed in place
+):
+    "Note the token that a decoder begins with where the model does not say it, as two encoders put together do not"
+    generation, tokenizer = loaded.model.generation_config, loaded.tokenizer
+    known = (generation.decoder_start_token_id, loaded.model.config.decoder_start_token_id, tokenizer.bos_token_id,
+             tokenizer.cls_token_id, padding_id(tokenizer))
+    start = next(token for token in known if token is not None)
+    generation.decoder_start_token_id = loaded.model.config.decoder_start_token_id = start
+
+
 # %% ../../nbs/22_learn.student.ipynb #c015
 def student_folder(
     params:TrainParams, # model
@@ -200,7 +224,7 @@ def draw_adapter(
     import torch, zlib
     for name, weight in model.named_parameters():
         if "lora_A" not in name and "lora_embedding" not in name or not weight.requires_grad: continue
-        draw = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         bound = weight.shape[-1] ** -0.5  # that of Kaiming with a = sqrt(5)
         fresh = (torch.rand(weight.shape, generator=draw) * 2 - 1) * bound
         with torch.no_grad(): weight.copy_(fresh)
@@ -287,13 +311,15 @@ def load_student(
     "Load the model that is trained, with what is trained on it"
     config = model_config(params.model)
     family = student_family(family_of(config, params.model).name, params.task, params.model.name)
-    head = head_to_make(params, family, tasks)
-    path = student_folder(params, Path(params.out)/"checkpoints"/"base", head)
-    if params.model.layers: head = {}  # the shrunk student has it
+    head_made = head_to_make(params, family, tasks)
+    path = student_folder(params, Path(params.out)/"checkpoints"/"base", head_made)
+    head = {} if params.model.layers else head_made  # a shrunk student has it already
     plan = plan_for_model(plan, config.model_type)
     loaded = load_with_unsloth(params, plan, path) if engine == "unsloth" else load_with_peft(params, plan, path, head)
     if tasks: name_classes(loaded.model.config, head_names(tasks), {task: len(tasks[task]) for task in tasks})
     if method_of(params, plan) != "full": draw_adapter(loaded.model, params.seed)
+    if "labels" in head_made: draw_head(loaded.model, params.seed)
+    if family.name == "seq2seq": set_start(loaded)
     if plan.hold_fp32: hold_hidden_states(loaded.model)
     return loaded
 
