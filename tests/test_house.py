@@ -64,7 +64,7 @@ def settings() -> configparser.SectionProxy:
 
 
 # A wing, and the stages that are its own: nobody else below the next wing looks inside.
-WINGS = {"teacher": {"annotate"}, "learn": {"sft", "distill"}, "measure": {"evaluate", "benchmark"}, "run": {"pipeline", "cli"}}
+WINGS = {"teacher": {"annotate"}, "learn": {"sft", "distill"}, "measure": {"evaluate", "benchmark"}, "share": {"merge"}, "run": {"pipeline", "cli"}}
 LONGEST_LINE = 120
 
 
