@@ -235,7 +235,7 @@ def train_stage(
 )->dict: # engine, family, student, curve, micro, changes, best, memory; JSON
     "Train the student and save it. Raises `DistillError`; `StagePaused` where time runs out"
     family = student_family(configured_family(params.model), params.task, params.model.name)
-    engine, _ = choose_engine(params.engine, cache_dir()/"unsloth", family.name)
+    engine, _ = choose_engine(params.engine, cache_dir()/"unsloth", family.name, process_rank()[1])
     plan = plan_for_model(plan_hardware(), model_config(params.model).model_type)
     with open_rows(params.data, params.task) as rows:
         params, _ = decided(params, plan, shape_of(params, plan, rows, params.model), rows)

@@ -1,6 +1,7 @@
-"""Several processes that train together: how they start, speak, fail, pause and end. Two of them, on the CPU."""
+"""Several processes that train together: how they start, speak, fail, pause and end, and that they learn the same. Two of them, on the CPU."""
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -11,14 +12,18 @@ import pytest
 import yaml
 from pydantic import Field
 
+import tiny
 from conftest import environment, until, wait_gone
 from distill_nb.core import DistillError, read_json
-from distill_nb.learn.launch import accelerate_config, count_devices, killed_process, launch, launch_command, read_outcome, write_outcome
+from distill_nb.learn.launch import accelerate_config, count_devices, launch, launch_command, read_outcome, write_outcome
+from distill_nb.learn.training import TrainParams
 from distill_nb.stage import StageParams, StagePaused
 
 STAGE = """
 import os, signal, sys, time
+from pathlib import Path
 from distill_nb.core import *
+from distill_nb.learn.training import TrainParams
 from distill_nb.stage import *
 from distill_nb.learn.training import process_rank, wait_for_all
 
@@ -31,7 +36,7 @@ def work(params):
     here = Path(params.out)
     write_text(here/f"pid-{rank}", str(os.getpid()))
     print(f"process {rank} of {count}: {' '.join(params.words)}")
-    if params.end == "wait" or params.end and rank == 0 and params.end != "pause":
+    if params.end == "wait" or rank == 0 and params.end in ("mistake", "bug", "killed", "exit"):
         log("waiting")
         while not (here/"go").exists(): time.sleep(0.01)
     if params.end == "pause":
@@ -41,6 +46,9 @@ def work(params):
     if params.end == "bug": raise ZeroDivisionError("by nothing")
     if params.end == "killed": os.kill(os.getpid(), signal.SIGKILL)
     if params.end == "exit": os._exit(9)
+    if params.end == "late":
+        import atexit
+        atexit.register(lambda: os._exit(9))
     wait_for_all()
     return {"count": count, "words": params.words}
 """
@@ -80,6 +88,8 @@ def test_two_processes_get_the_parameters_and_the_first_gives_the_result(here, c
     assert "process 1 of 2: two words ভাত --flag\n" in (folder/"process-1.log").read_text()
     kept = "".join(f.read_text() for f in folder.iterdir()) + " ".join(command)
     assert "hf_not_to_be_seen" not in kept and "two words" not in " ".join(command)
+    with pytest.raises(DistillError, match=r"process 1 ended with status 9 \(logs: "):  # and not the result of the launch before
+        launch(Params(out=str(here), end="exit"), "own_stage:work", 2)
     assert all_gone(here)
 
 
@@ -100,9 +110,8 @@ def test_what_the_first_process_says_is_seen_while_it_runs(here, monkeypatch):
 
 
 @pytest.mark.parametrize("end, error, said", [
-    ("mistake", DistillError, "^rows.jsonl, line 7: has no answer$"), ("bug", DistillError, "^ZeroDivisionError: by nothing .in .*launch.$"),
-    ("killed", DistillError, r"process 1 was killed \(signal 9\), perhaps for lack of memory \(log: .*launcher.log\)"),
-    ("exit", DistillError, r"process 1 ended with status 9 \(log: "), ("pause", StagePaused, "^the time is up$")])
+    ("mistake", DistillError, "^rows.jsonl, line 7: has no answer$"), ("bug", DistillError, "stopped: ZeroDivisionError: by nothing .logs: .*launch.$"),
+    ("late", DistillError, r"process [01] ended with status 9 \(logs: "), ("pause", StagePaused, "^the time is up$")])
 def test_the_end_of_one_is_the_end_of_all_and_says_why(end, error, said, here):
     "The first process waits for ever where the second ends badly"
     with pytest.raises(error, match=said): launch(Params(out=str(here), end=end), "own_stage:work", 2)
@@ -117,7 +126,7 @@ launch(Params(out=".", end="wait"), "own_stage:work", 2)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_goes_on_when_whoever_launched_it_is_gone(how, here):
     env = environment(None)
     parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=here, env=env | {"PYTHONPATH": f"{env['PYTHONPATH']}{os.pathsep}{here}"},
@@ -134,7 +143,7 @@ def test_a_launcher_that_cannot_start_says_its_last_line(here, monkeypatch):
     "Such as a configuration that is none"
     (here/"mine.yaml").write_text("compute_environment: NOWHERE\n")
     monkeypatch.setenv("DISTILL_NB_ACCELERATE", str(here/"mine.yaml"))
-    with pytest.raises(DistillError, match=r"training on several devices stopped: .*distributed_type.* \(log: .*launcher.log\)"):
+    with pytest.raises(DistillError, match=r"training on several devices stopped: .*distributed_type.* \(logs: .*launch\)"):
         launch(Params(out=str(here)), "own_stage:work", 2)
 
 
@@ -142,13 +151,9 @@ def test_the_mistake_of_one_counts_more_than_the_surprise_of_another(tmp_path, m
     "A process that lost another fails as well, and may be quicker to write it down"
     for rank, kind, why in ((0, "RuntimeError", "Connection closed by peer"), (1, "DistillError", "training diverged")):
         monkeypatch.setenv("RANK", str(rank))
-        write_outcome(tmp_path, "failed", kind=kind, why=why)
-    with pytest.raises(DistillError, match="^training diverged$"): read_outcome(tmp_path)
-
-
-def test_an_older_launch_leaves_no_result_behind(here):
-    assert launch(Params(out=str(here)), "own_stage:work", 2)
-    with pytest.raises(DistillError): launch(Params(out=str(here), end="exit"), "own_stage:work", 2)
+        write_outcome(tmp_path, "failed", kind=kind, why=why, mistake=kind == "DistillError")
+    (tmp_path/"launcher.log").write_text("")
+    with pytest.raises(DistillError, match="^training diverged$"): read_outcome(tmp_path, 1)
 
 
 @pytest.mark.parametrize("gpus, devices, count", [(0, "auto", 1), (0, 2, 2), (1, "auto", 1), (2, "auto", 2), (2, 1, 1)])
@@ -177,3 +182,113 @@ def test_every_key_of_the_fsdp_configuration_is_an_option_of_accelerate(monkeypa
 def test_an_unknown_configuration_is_said(monkeypatch):
     monkeypatch.setenv("DISTILL_NB_ACCELERATE", "fdsp")
     with pytest.raises(DistillError, match="^DISTILL_NB_ACCELERATE=fdsp: neither ddp, fsdp nor a file"): accelerate_config()
+
+
+# Training
+
+TRAINING = """
+import os, signal
+from pathlib import Path
+from distill_nb.core import *
+from distill_nb.hardware import *
+from distill_nb.stage import *
+from distill_nb.learn.training import *
+
+class Params(TrainParams): pass
+
+def train(params):
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    plan, kill_at = plan_hardware("cpu"), os.environ.get("KILL_AT", "")
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kw):
+            if f"{process_rank()[0]} {state.global_step}" == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+            small = args.per_device_train_batch_size == 1
+            if process_rank()[0] == 1 and os.environ.get("TOO_LARGE") == str(state.global_step) and not small:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    def pad(rows):
+        width = max(len(r["input_ids"]) for r in rows)
+        ids = [r["input_ids"] + [0] * (width - len(r["input_ids"])) for r in rows]
+        labels = [r["input_ids"] + [-100] * (width - len(r["input_ids"])) for r in rows]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor([[int(l != -100) for l in row] for row in labels]),
+                "labels": torch.tensor(labels)}
+
+    def build(micro):
+        torch.manual_seed(params.seed)
+        model = AutoModelForCausalLM.from_pretrained(params.model.name, dtype=torch.float32)
+        rows = Dataset.from_list([{"input_ids": [7 + (n * i) % 50 for i in range(3 + 5 * n % 17)]} for n in range(40)])
+        train, validation = rows.select(range(32)), rows.select(range(32, 40))
+        arguments = training_arguments(params, plan, len(train), True, micro, remove_unused_columns=False)
+        return Trainer(model, TrainingArguments(**arguments), pad, train, validation, callbacks=[Kill()])
+
+    outcome = run_training(build, params, plan)
+    if outcome.state == "paused": pause_stage(params, outcome.why)
+    return {"curve": outcome.curve, "micro": outcome.micro}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory): return tiny.make(tmp_path_factory.mktemp("base"), "chatml")
+
+
+@pytest.fixture
+def training(here, base):
+    "Parameters for a folder"
+    (here/"own_training.py").write_text(TRAINING)
+    def params(name, **more):
+        values = dict(model=str(base), data="sample", method="full", batch_size=8, micro_batch=2, max_steps=8, save_steps=2, learning_rate=1e-2)
+        return TrainParams(out=str(here/name), **values | more)
+    return params
+
+
+@pytest.fixture
+def one(training, cache={}):
+    "What one process learns"
+    if not cache: cache["losses"] = losses(alone(training("one")))
+    return cache["losses"]
+
+
+def alone(params):
+    code = ("import json, sys; from own_training import *\nparams = Params.model_validate(json.load(sys.stdin))\n"
+            "print(json.dumps(train(params)))")
+    env = environment(None)
+    done = subprocess.run([sys.executable, "-c", code], input=params.model_dump_json(), capture_output=True, text=True,
+                          env=env | {"PYTHONPATH": f"{env['PYTHONPATH']}{os.pathsep}."})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def losses(result): return [(p["step"], k, p[k]) for p in result["curve"] for k in ("loss", "eval_loss") if k in p]
+
+
+def nearly(wanted, rel): return [(step, kind, pytest.approx(value, rel=rel)) for step, kind, value in wanted]
+
+
+def test_two_devices_learn_what_one_does_and_go_on_after_a_kill(training, one, monkeypatch):
+    "Each takes half of a batch, of rows that differ in length; and both are gone with the one that is killed"
+    two = losses(launch(training("two"), "own_training:train", 2))
+    assert one[0][2] > 1.02 * one[-2][2], "nothing was learnt"
+    assert two == nearly(one, 0.01)
+    assert [p for p in two if p[1] == "loss"] == nearly([p for p in one if p[1] == "loss"], 1e-4)  # validation weighs rows by their batches
+    monkeypatch.setenv("KILL_AT", "1 5")
+    with pytest.raises(DistillError, match="process 1 was killed"): launch(training("killed"), "own_training:train", 2)
+    monkeypatch.delenv("KILL_AT")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out): again = losses(launch(training("killed"), "own_training:train", 2))
+    assert "goes on from checkpoint-4" in out.getvalue() and again == nearly(two, 1e-4)
+
+
+def test_a_device_that_runs_out_of_memory_makes_all_begin_again_with_less(training, one, monkeypatch):
+    monkeypatch.setenv("TOO_LARGE", "3")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out): result = launch(training("two"), "own_training:train", 2)
+    assert "out of memory: micro_batch 2 -> 1" in (said := out.getvalue()) + str(result["curve"])
+    assert "all begin again with micro_batch 1" in said and "goes on from checkpoint-2" in said
+    assert result["micro"] == 1 and losses(result) == nearly(one, 0.01)
+
+
+def test_a_pause_on_several_devices_is_one_pause(training):
+    with pytest.raises(StagePaused, match="max_hours"): launch(training("two", max_hours=1e-9), "own_training:train", 2)

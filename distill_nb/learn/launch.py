@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['visible_gpus', 'count_devices', 'accelerate_config', 'launch_command', 'launch_environment', 'leave_with_parent',
-           'speak_into', 'write_outcome', 'run_target', 'main', 'killed_process', 'read_outcome', 'end_processes',
-           'launch']
+           'speak_into', 'write_outcome', 'run_target', 'main', 'ended_badly', 'why_it_failed', 'read_outcome',
+           'end_processes', 'launch_once', 'launch']
 
 # %% ../../nbs/24_learn.launch.ipynb #h003
-import contextlib, importlib, os, re, shutil, subprocess, sys, threading, time, traceback
+import contextlib, importlib, os, re, shutil, signal, subprocess, sys, threading, time, traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,15 +63,16 @@ def launch_environment(
     "This process's environment, and what the others need: this package, and a fair share of the CPU"
     threads = max(1, (os.cpu_count() or 1) // devices)
     paths = [str(package_dir().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths),
-                                                    "DISTILL_NB_STARTED": str(process_start())}
-    return env | ({"ACCELERATE_USE_CPU": "true"} if not visible_gpus() else {})
+    env = {"OMP_NUM_THREADS": str(threads)} | os.environ | {
+        "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths), "DISTILL_NB_STARTED": str(process_start())}
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}  # else cpu:0, which torch cannot load to
+    return env if visible_gpus() else env | on_cpu
 
 # %% ../../nbs/24_learn.launch.ipynb #c017
 def leave_with_parent():
     "End this process as soon as the one that launched it is gone"
     def wait():
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not by way of sys.stdin, whose lock a process could not get at its end
         os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
 
@@ -96,7 +98,7 @@ def run_target(
 ):
     "Run the function with the parameters, together with the other processes"
     from accelerate import PartialState
-    together = PartialState()
+    together = PartialState(timeout=timedelta(hours=2))  # the others wait while the first fetches or cuts a model
     module, _, name = target.partition(":")
     stage = importlib.import_module(module)
     params = check(stage.Params, read_json(folder/"params.json"), "parameters")
@@ -114,38 +116,47 @@ def main():
     try: run_target(target, folder)
     except BaseException as e:
         traceback.print_exc()
-        write_outcome(folder, "failed", kind=type(e).__name__, why=str(e))
+        write_outcome(folder, "failed", kind=type(e).__name__, why=str(e), mistake=isinstance(e, DistillError))
         sys.stderr.flush()
         os._exit(1)  # at once: the others wait for this process in vain
 
 if __name__ == "__main__" and Path(sys.argv[0]).name == "launch.py": main()
 
 # %% ../../nbs/24_learn.launch.ipynb #c020
-def killed_process(
+def ended_badly(
     said:str, # by the launcher
-)->str: # which process ended and by what, or ""
-    "The process that the launcher names as the first that failed"
-    found = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said.split("Root Cause")[-1], re.DOTALL)
-    if not found: return ""
-    number, status = int(found[1]), int(found[2])
-    how = f"was killed (signal {-status}), perhaps for lack of memory" if status < 0 else f"ended with status {status}"
-    return f"process {number} {how}"
+)->list[str]: # those that were killed first, then in the order in which they failed
+    "What the launcher says of the processes that failed"
+    ends = re.findall(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said, re.DOTALL)
+    ends = [(number, int(status)) for number, status in ends[-1:] + ends[:-1]]  # the first is called the root cause, and comes last
+    killed = [f"process {n} was killed (signal {-status}), perhaps for lack of memory" for n, status in ends
+              if status < 0 and status != -signal.SIGTERM]  # that is how the launcher itself ends a process
+    return killed + [f"process {n} ended with status {status}" for n, status in ends if status > 0]
+
+def why_it_failed(
+    ended:list[dict], # outcomes, as the processes wrote them down
+    said:str, # by the launcher
+)->tuple[str, str]: # what to say, and the state: failed or paused
+    "The reason that a person should see"
+    failed = sorted((o for o in ended if o["state"] == "failed"), key=lambda o: o["at"])
+    mistakes = [o["why"] for o in failed if o["mistake"]]
+    paused = [o["why"] for o in ended if o["state"] == "paused"]
+    if mistakes or paused: return (mistakes or paused)[0], "failed" if mistakes else "paused"
+    seen, own = ended_badly(said), [f"{o['kind']}: {o['why']}" for o in failed]
+    first = seen[:1] if seen and "was killed" in seen[0] else own or seen or said.strip().splitlines()[-1:]
+    return f"training on several devices stopped: {first[0] if first else 'nothing was said'}", "failed"
 
 def read_outcome(
     folder:Path, # of the launch
+    status:int, # of the launcher: 0 where every process came to its end
 )->Any: # what the function returned in the first process
     "What became of a launch. Raises `DistillError`, or `StagePaused`"
     ended = [read_json(file) for file in sorted(folder.glob("outcome-*.json"))]
-    failed = sorted((o for o in ended if o["state"] == "failed"), key=lambda o: o["at"])
-    said = next((o for o in failed if o["kind"] == "DistillError"), failed[0] if failed else None)
-    if said: raise DistillError(said["why"] if said["kind"] == "DistillError" else f"{said['kind']}: {said['why']} (in {folder})")
-    paused = next((o for o in ended if o["state"] == "paused"), None)
-    if paused: raise StagePaused(paused["why"])
-    if ended and ended[0]["state"] == "done": return ended[0].get("result")
-    log_file = folder/"launcher.log"
-    lines = log_file.read_text(errors="replace") if log_file.exists() else ""
-    last = next((line for line in reversed(lines.splitlines()) if line.strip()), "nothing was said")
-    raise DistillError(f"training on several devices stopped: {killed_process(lines) or last} (log: {log_file})")
+    if status == 0 and ended and all(o["state"] == "done" for o in ended): return ended[0]["result"]
+    why, state = why_it_failed(ended, (folder/"launcher.log").read_text(encoding="utf-8", errors="replace"))
+    if state == "paused": raise StagePaused(why)
+    if any(o.get("kind") == "TryAgain" for o in ended): raise TryAgain(why)
+    raise DistillError(why + (f" (logs: {folder})" if why.startswith("training on") else ""))
 
 # %% ../../nbs/24_learn.launch.ipynb #c023
 def end_processes(
@@ -160,16 +171,18 @@ def end_processes(
         launcher.wait()
     launcher.stdout.close()
 
-def launch(
-    params:StageParams, # of the stage; `out` is its folder
-    target:str, # MODULE:FUNCTION, which gets them; the module's `Params` is their class
-    devices:int, # processes, from `count_devices`
-)->Any: # what the function returned in the first process; JSON
-    "Run an exported function on several devices at once. Raises `DistillError`, or `StagePaused`, as the function did"
+
+# %% ../../nbs/24_learn.launch.ipynb #c023b
+def launch_once(
+    params:StageParams, # as for `launch`
+    target:str, # as for `launch`
+    devices:int, # as for `launch`
+)->Any: # as for `launch`
+    "One attempt. Raises `TryAgain` where the next one goes better"
     folder = (Path(params.out)/"checkpoints"/"launch").resolve()
     shutil.rmtree(folder, ignore_errors=True)
     write_json(folder/"params.json", params.model_dump(mode="json"))
-    with open(folder/"launcher.log", "w") as errors:
+    with open(folder/"launcher.log", "w", encoding="utf-8") as errors:
         launcher = subprocess.Popen(launch_command(target, folder, devices), env=launch_environment(devices),
                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
                                     encoding="utf-8", errors="replace", start_new_session=True)
@@ -177,4 +190,14 @@ def launch(
             for line in launcher.stdout: print(line, end="", flush=True)
             launcher.wait()
         finally: end_processes(launcher)
-    return read_outcome(folder)
+    return read_outcome(folder, launcher.returncode)
+
+def launch(
+    params:StageParams, # of the stage; `out` is its folder
+    target:str, # MODULE:FUNCTION, which gets them; the module's `Params` is their class
+    devices:int, # processes, from `count_devices`
+)->Any: # what the function returned in the first process; JSON
+    "Run an exported function on several devices at once. Raises `DistillError`, or `StagePaused`, as the function did"
+    while True:  # each attempt takes less memory than the one before
+        try: return launch_once(params, target, devices)
+        except TryAgain as e: log(str(e))

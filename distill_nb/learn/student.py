@@ -67,9 +67,11 @@ def choose_engine(
     engine:str, # unsloth, trl or auto
     folder:str|Path, # where Unsloth may keep the code it generates
     family:str="causal", # that is trained: a key of `FAMILIES`
+    devices:int=1, # that train together
 )->tuple[str, str]: # unsloth or trl, and the reason
     "Import Unsloth where it is wanted and works. Raises `DistillError` where it is demanded and does not"
     if engine == "trl": return "trl", "the recipe says so"
+    if engine == "auto" and devices > 1: return "trl", "Unsloth is made for one device"
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(folder).resolve()))
     why = import_unsloth() if family == "causal" else f"Unsloth trains causal models, and this one is a {family} model"
     if why is None:

@@ -12,8 +12,8 @@ __all__ = ['REPORTERS', 'BUSY', 'MARKED', 'ASIDE', 'SKIPPED', 'LINES', 'TIMES', 
            'Checkpoints', 'has_gradient', 'never_learnt', 'still_zero', 'Gradients', 'of_all', 'not_learning',
            'diverged', 'check_numbers', 'check_log', 'loss_limit', 'has_exploded', 'Losses', 'process_start',
            'deadline_of', 'Clock', 'ProgressLine', 'Trace', 'reports_inside', 'loss_curve', 'check_trained',
-           'TrainOutcome', 'take_up', 'is_over', 'keep_best_weights', 'train_once', 'watches', 'remembered', 'halve',
-           'too_large', 'free_memory', 'run_training']
+           'TrainOutcome', 'take_up', 'is_over', 'keep_best_weights', 'train_once', 'watches', 'TryAgain', 'remembered',
+           'halve', 'too_large', 'free_memory', 'run_training']
 
 # %% ../../nbs/21_learn.training.ipynb #t002
 import contextlib, gc, importlib.util, json, math, os, random, re, shutil, statistics, time
@@ -377,8 +377,8 @@ def checkpoint_place(
     sync_to:str, # a folder, or a URL that fsspec knows
 )->Place:
     "Where the copies of a stage's checkpoints are. Raises `DistillError` where it cannot be used"
-    state, rows = read_state(folder.parent), folder/"train.arrow"
-    belongs = [state.get("fingerprint") or state.get("parameters"), file_digest(rows) if rows.exists() else None]
+    state, rows = read_state(folder.parent), sorted(folder.rglob("train.arrow"))[:1]
+    belongs = [state.get("fingerprint") or state.get("parameters"), *(file_digest(file) for file in rows)]
     return Place(sync_to, f"checkpoints-{digest(belongs)[:16]}")
 
 def copied_steps(
@@ -885,6 +885,9 @@ def watches(trainer:Any, params:TrainParams, plan:HardwarePlan)->list[Watch]:
             ProgressLine(), *profiled]
 
 # %% ../../nbs/21_learn.training.ipynb #t056
+class TryAgain(DistillError):
+    "What the same processes, launched again, do not run into"
+
 def remembered(
     params:TrainParams, # micro_batch, and where to
 )->tuple[int, list[dict]]: # rows a forward pass; changes: step, epoch, change
@@ -908,7 +911,7 @@ def halve(
     write_json(Path(params.out)/"checkpoints"/"micro.json", known)
     log(f"{changes[-1]['change']}; a step still learns from {counted(params.batch_size, 'row')}")
     if process_rank()[1] > 1:
-        raise DistillError(f"out of memory on a device: the same command goes on with micro_batch {smaller}")
+        raise TryAgain(f"out of memory on a device: all begin again with micro_batch {smaller}")
     return smaller, changes
 
 def too_large(
