@@ -324,7 +324,7 @@ def test_memory_is_planned_for_the_rows_that_there_are(base, tmp_path):
         short = params.estimate(PLAN, rows, lambda spec: spec)
         longest = rows.longest("train")
         whole = params.model_copy(update={"max_length": longest // 2}).estimate(PLAN, rows, lambda spec: spec)
-    assert short["activations"] == whole["activations"] and short["note"] == "1 step of 8 rows"
+    assert short["activations"] == whole["activations"] and short["note"] == "1 step of 8 rows, 8 at a time"
     assert short["trainable"] < short["parameters"]
 
 
@@ -459,13 +459,14 @@ def test_two_encoders_become_one_that_writes(tmp_path):
     assert losses[-1] < losses[0] and "eval_rougeL" in result["curve"][-1]
 
 
-@pytest.mark.parametrize("kind, task, train", [("chatml", "chat", [*ROWS, OTHERS[0]]), ("t5", "chat", [*ROWS, OTHERS[0]]), ("bert_cls", "classify", LABELLED[:4])])
+@pytest.mark.parametrize("kind, task, train", [("chatml", "chat", [*ROWS, OTHERS[0]]), ("t5", "chat", [*ROWS, OTHERS[0]]), ("bert_cls", "classify", LABELLED[:4]),
+    ("bert_mlm", "text", TEXTS[:4])])
 def test_forward_passes_add_up_to_the_step_that_one_would_be(kind, task, train, tmp_path):
     "Means of means would not: the rows are not equally long"
     base = tiny.make(tmp_path/"base", kind, **{} if kind == "chatml" else dict(dropout_rate=0.0) if kind == "t5" else
                      dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    curves = [run_stage(tmp_path/str(micro), base, task, train, train[:2] if kind == "x" else (), micro_batch=micro, max_steps=3,
-                        learning_rate=1e-3, lora_dropout=0.0)[0]["curve"] for micro in (4, 1)]
+    curves = [run_stage(tmp_path/str(micro), base, task, train, micro_batch=micro, max_steps=3, learning_rate=1e-3)[0]["curve"]
+              for micro in (4, 1)]
     for a, b in zip(*curves, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-2)
 
