@@ -133,7 +133,7 @@ def save_model(
     folder:str|Path, # where to
 ):
     "Save as safetensors, with the tokenizer"
-    with quiet():
+    with quiet(), saving(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -13,6 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
+import tiny
 from conftest import environment
 from distill_nb import core
 from distill_nb.core import DistillError, Place, read_json, write_json
@@ -368,3 +369,44 @@ def test_the_first_process_alone_marks_copies_and_fetches(rank, stage, there, mo
     waits.clear()
     last_checkpoint(stage, there)
     assert len(waits) == 1, "as often as the others"
+
+
+# A disk that fills up in the middle of training
+
+TRAINING = """
+import resource, sys
+from distill_nb.hardware import plan_hardware
+from distill_nb.learn.training import TrainParams, run_training, training_arguments
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+base, out, full = sys.argv[1:]
+params, plan = TrainParams(model=base, out=out, data="sample", method="full", batch_size=4, micro_batch=4, max_steps=4, save_steps=2), plan_hardware("cpu")
+
+class Fill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kw):
+        if state.global_step == 3 and int(full): resource.setrlimit(resource.RLIMIT_FSIZE, (int(full), -1))
+
+def build(micro):
+    rows = Dataset.from_list([{"input_ids": [7 + n] * 8, "labels": [7 + n] * 8} for n in range(16)])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return Trainer(model, TrainingArguments(**training_arguments(params, plan, 16, False, micro)), None, rows, callbacks=[Fill()])
+
+print("steps:", [p["step"] for p in run_training(build, params, plan).curve])
+"""
+
+
+def test_a_disk_that_fills_up_while_training_is_said_and_training_goes_on_later(tmp_path):
+    "Each library has its own words for it: safetensors, torch, Python"
+    base = tiny.make(tmp_path/"base", "chatml")
+    def train(full):
+        return subprocess.run([sys.executable, "-c", TRAINING, str(base), str(tmp_path/"out"), str(full)], capture_output=True, text=True,
+                              env=environment(None), cwd=tmp_path)
+    room = {p.name: p.stat().st_size for p in base.iterdir()}["model.safetensors"]
+    for full in (room // 2, room + 2000):  # in the weights, in the optimiser
+        done = train(full)
+        last = done.stderr.strip().splitlines()[-1]
+        assert "DistillError" in last and "checkpoint-4: cannot be written: no room is left on the disk" in last, (full, done.stderr)
+        assert not (tmp_path/"out"/"checkpoints"/"checkpoint-4"/"complete").exists()
+    done = train(0)
+    assert "goes on from checkpoint-2" in done.stdout and "steps: [1, 2, 3, 4]" in done.stdout, done.stderr

@@ -119,7 +119,7 @@ def arrow_dataset(
     ids, soft = pa.list_(pa.int32()), pa.list_(pa.float32())
     schema = pa.schema({"input_ids": ids, "labels": ids, "soft": soft})
     file.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    with saving(file), pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while some := list(itertools.islice(encoded, 1000)):
             columns = [pa.array([getattr(e, f.name) for e in some], f.type) for f in schema]
             writer.write_batch(pa.record_batch(columns, schema=schema))

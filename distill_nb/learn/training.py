@@ -502,6 +502,12 @@ class Checkpoints(Watch):
     "Takes, marks and copies checkpoints; a line of the log ends with each, so that a kill tears none"
     def __init__(self, params): self.params = params
 
+    def on_train_begin(self, args, state, control, **kw):
+        save = self.trainer._save_checkpoint
+        def save_or_say(*given, **named):
+            with saving(Path(args.output_dir)/f"checkpoint-{state.global_step}"): save(*given, **named)
+        self.trainer._save_checkpoint = save_or_say
+
     def on_step_end(self, args, state, control, **kw):
         if control.should_save or control.should_evaluate: control.should_log = True
 
