@@ -28,6 +28,7 @@ from .tables import *
 from .memory import *
 from .share.proof import *
 from .share.shards import *
+from .share.gguf import *
 
 # %% ../nbs/38_merge.ipynb #c007
 class MergeParams(StageParams):
@@ -47,6 +48,7 @@ class MergeParams(StageParams):
     tolerance: float = Field(1.0e-3, gt=0, description=(
         "largest logit difference in float32; never more than a small share of the adapter's effect"))
     max_shard_size: str = Field("4GB", description="of one file of weights, such as 4GB or 500MB")
+    gguf: list[GgufKind] = Field([], description="files for Ollama and llama.cpp: f16, q8_0, or both")
     push_to: str|None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description=(
         "repository on the hub, owner/name, that gets the model once it is proved; none: nothing is sent"))
     private: bool = Field(True, description="whether only its owner sees that repository")
@@ -62,6 +64,10 @@ class MergeParams(StageParams):
     def _is_size(cls, v): return v if size_of(v) else v
 
     def makes(self): return ("model",)
+
+    def ready(self, keys=True):
+        if not (self.push_to and keys) or hub_token(): return
+        raise DistillError(f"push_to: {self.push_to}: needs a token that may write, in HF_TOKEN")
 
 Params = MergeParams
 
@@ -175,7 +181,7 @@ def check_push(
 ):
     "See, without changing anything, that a model may be sent to the hub. Raises `DistillError`"
     from huggingface_hub import errors
-    if not hub_token(): raise DistillError(f"push_to: {repository}: needs a token that may write, in HF_TOKEN")
+    MergeParams(adapter=repository, push_to=repository).ready()
     try: who = api.whoami()
     except Exception as e:  # its client raises a dozen classes of its own
         raise DistillError(f"push_to: {repository}: the hub does not take the token: {type(e).__name__}") from e
@@ -188,7 +194,7 @@ def check_push(
         raise DistillError(f"push_to: {repository}: is public already: say private: false, or choose another name")
 
 def push_model(
-    folder:Path, # the model, proved
+    out:Path, # the stage's folder: `model/`, and perhaps `gguf/`, proved
     repository:str, # owner/name
     private:bool, # whether only its owner may see it
     api:Any, # from `hub_api`
@@ -196,10 +202,13 @@ def push_model(
     "Send a model to the hub. Raises `DistillError`; the model stays here"
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Add the merged model")
+        for name, place in (("model", None), ("gguf", "gguf")):
+            if not (out/name).exists(): continue
+            api.upload_folder(repo_id=repository, folder_path=str(out/name), path_in_repo=place,
+                              commit_message=f"Add the merged model ({name})")
     except Exception as e:  # its client raises a dozen classes of its own
         why = type(e).__name__
-        raise DistillError(f"push_to: {repository}: the hub did not take it ({why}); it is in {folder}") from e
+        raise DistillError(f"push_to: {repository}: the hub did not take it ({why}); it is in {out}") from e
     return f"https://huggingface.co/{repository}"
 
 # %% ../nbs/38_merge.ipynb #c015a
@@ -421,7 +430,7 @@ def estimate(self:MergeParams, plan, rows, origin):
     peak = (max(whole, held) if fit else held if spec.quantize else 0) + width + layer + logits + runtime
     gpu = plan.hardware.device != "cpu"
     main = int(3 * width // 2 + layer + GiB) if gpu else int(peak)
-    disk = int(whole + (4 * model.parameters if spec.layers else 0))
+    disk = int(whole + (4 * model.parameters if spec.layers else 0) + model.parameters * sum(map(GGUF_WIDTH.get, self.gguf)))
     return {"model": f"of {self.adapter}", "parameters": model.parameters, "dtype": dtype, "peak": int(peak),
             "phases": {"load": {"gpu": int(peak) if gpu else 0, "main": main, "disk": disk},
                        "save": {"gpu": 0, "main": int(12 * width // 8 + GiB), "disk": disk}}}
