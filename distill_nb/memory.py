@@ -368,9 +368,9 @@ def forward_bytes(
     model:Profile, # from `profile`
     tokens:int, # batch × length
     plan:HardwarePlan, # the machine
-)->int: # of one layer and the hidden states between two
+)->int: # of half of a layer, which is there at a time, and the hidden states before and after it
     "What a pass takes that keeps nothing"
-    return int(tokens * (model.passing // sum(model.layers) + model.hidden_size) * DTYPE_BYTES[plan.dtype])
+    return int(tokens * (model.passing // sum(model.layers) // 2 + 2 * model.hidden_size) * DTYPE_BYTES[plan.dtype])
 
 def teacher_parts(
     teacher:Profile, # its `quantize` says how it is loaded
@@ -571,5 +571,5 @@ def likelihood_memory(
     piece = min(batch_size * length * model.vocab_size, max(2**24, model.vocab_size))  # as the head makes them
     return with_peak(plan, {"parameters": model.parameters}, {
         "weights": weight_bytes(model, model.quantize or plan.dtype, DTYPE_BYTES[plan.dtype]),
-        "working": forward_bytes(model, batch_size * length, plan) + piece * 12})
+        "working": max(forward_bytes(model, batch_size * length, plan), piece * LOGIT_BYTES)})
 

@@ -158,6 +158,23 @@ def test_four_bit_weights_take_what_bitsandbytes_makes_of_them(tmp_path):
     assert weight_bytes(profile(spec), "4bit", 0) == pytest.approx(sum(p.numel() for p in packed) + scales, rel=0.02)
 
 
+@pytest.mark.parametrize("kind, more", [("llama3", dict(head_dim=32)), ("phi3", {})])
+def test_the_layer_that_plays_a_four_bit_one_keeps_what_a_real_one_does(tmp_path, kind, more):
+    pytest.importorskip("bitsandbytes")
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    spec = ModelSpec(name=str(make(tmp_path/"model", kind, hidden_size=128, intermediate_size=256, **more)), quantize="4bit")
+    plan = plan_hardware("cpu").model_copy(update={"dtype": "bfloat16", "autocast": "bf16"})
+    model = load_model(spec, plan).model
+    layers = [layer for stack in layer_lists(model) for layer in stack.layers]
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = get_peft_model(model, LoraConfig(r=8, lora_dropout=0.05, **adapter_settings(model)))
+    with torch.autocast("cpu", torch.bfloat16): inside, _, _ = memory.saved_bytes(model.train(), layers, memory.batch_of("causal", 3, 72))
+    shape = profile(spec)
+    kept = kept_sizes(shape, memory.way_to_train(shape, plan, 8))
+    assert memory.grown(kept["layers"][0], 3, 72) == pytest.approx(inside[1], rel=0.1)  # the first one keeps less: nothing is trained before it
+
+
 def test_qlora_counts_fp32_copies_of_embeddings_norms_and_head():
     shape, t4 = shape_of("llama").model_copy(update={"quantize": "4bit"}), plan_hardware("t4")
     rest = shape.parameters - shape.linear
@@ -182,12 +199,16 @@ def train(model, batch, r=None, checkpointing=False, mixed=False, accumulating=T
     if checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if checkpointing and r: model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], foreach=False)
-    for _ in range(2):
-        for _ in range(1 + accumulating):
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed): loss = model(**batch).loss
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    short = {k: v[:1, :8] if torch.is_tensor(v) and v.dim() == 2 else v[:1] if torch.is_tensor(v) else v for k, v in batch.items()}
+    def backward(rows):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed): loss = model(**rows).loss
+        loss.backward()
+    backward(short)  # the moments come with the first step, which may be short
+    optimizer.step()
+    optimizer.zero_grad()
+    if accumulating: backward(short)
+    backward(batch)
+    optimizer.step()
 
 def generate(model, batch):
     model.eval().generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=8, min_new_tokens=8, do_sample=False)
@@ -198,9 +219,11 @@ def likelihood(model, batch):
 def measure(kind, settings, family, use, batch_size, length, options):
     "Bytes that a process of its own, with everything imported, needs at its peak beyond what it has at its start, and in all"
     read, write = os.pipe()
-    if os.fork():
+    if child := os.fork():
         os.close(write)
-        return json.loads(os.fdopen(read).read())
+        told = os.fdopen(read).read()
+        os.waitpid(child, 0)
+        return json.loads(told)
     before = resident()
     model = getattr(transformers, FAMILIES[family].auto).from_config(AutoConfig.for_model(kind, **settings))
     ids = torch.randint(3, 100, (batch_size, length - (8 if use == "generate" else 0)))
@@ -216,21 +239,19 @@ def measure(kind, settings, family, use, batch_size, length, options):
 print(json.dumps([measure(*case) for case in json.loads(sys.argv[1])]))
 """
 
-LLAMA = dict(vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4)
+LLAMA = dict(vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
 GPT2 = dict(vocab_size=8000, n_embd=384, n_layer=6, n_head=6, bos_token_id=1, eos_token_id=2)
 BERT = dict(vocab_size=8000, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6)
 LARGE_T5 = dict(vocab_size=8000, d_model=384, d_kv=64, d_ff=1024, num_layers=4, num_heads=6, decoder_start_token_id=0)
 MEASURED = {  # kind, configuration, family, use, rows, tokens a row, options
     "llama, full": ("llama", LLAMA, "causal", "train", 4, 256, {"accumulating": False}),
     "llama, full, accumulating": ("llama", LLAMA, "causal", "train", 4, 256, {}),
-    "llama, full, bf16": ("llama", LLAMA, "causal", "train", 4, 256, {"mixed": True}),
     "llama, LoRA": ("llama", LLAMA, "causal", "train", 4, 256, {"r": 8}),
     "llama, LoRA, bf16": ("llama", LLAMA, "causal", "train", 4, 256, {"r": 8, "mixed": True}),
     "llama, LoRA, checkpointing": ("llama", LLAMA, "causal", "train", 12, 256, {"r": 8, "checkpointing": True}),
     "llama, full, checkpointing": ("llama", LLAMA, "causal", "train", 8, 256, {"checkpointing": True}),
     "llama, large vocabulary": ("llama", LLAMA | dict(vocab_size=32000, num_hidden_layers=3), "causal", "train", 4, 256, {"r": 8}),
     "gemma2, LoRA": ("gemma2", LLAMA | dict(head_dim=64), "causal", "train", 4, 256, {"r": 16}),
-    "phi3, LoRA": ("phi3", LLAMA | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2), "causal", "train", 4, 256, {"r": 8}),
     "gpt2, LoRA": ("gpt2", GPT2, "causal", "train", 4, 256, {"r": 8}),
     "bert, full": ("bert", BERT, "classifier", "train", 16, 128, {}),
     "roberta, full, bf16": ("roberta", BERT, "classifier", "train", 16, 128, {"mixed": True}),
@@ -267,7 +288,7 @@ def test_the_estimated_peak_is_within_a_fifth_of_what_a_process_takes(measured, 
     beyond, whole = measured[case]
     need = estimated(case, monkeypatch)["peak"]
     assert 0.8 < (need - memory.RUNTIME_BYTES["cpu"]) / beyond < 1.2
-    assert 0.8 < need / whole < 1.5  # a stage imports more than this process did
+    assert 0.8 < need / whole < 1.25  # a stage imports more than this process did
 
 
 # ---- the published systems on a T4
