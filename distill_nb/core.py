@@ -13,7 +13,7 @@ __all__ = ['MARK', 'NO_ROOM', 'UNREADABLE', 'KEPT_FROM', 'GRAIN', 'SecretName', 
 # %% ../nbs/01_core.ipynb #c003
 import contextlib, difflib, gzip, hashlib, itertools, json, math, os, re, sqlite3, sys, time, zlib
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Iterable, Iterator, Literal
 
 from fastcore.basics import patch
@@ -438,12 +438,12 @@ def get(self:Place, name:str, to:Path):
 @patch
 def put(self:Place,
     files:dict[str, Path], # name there: file here; in this order
-    remove:Iterable[str]=(), # names there that go before, in this order
+    remove:list[str]=(), # names there that go before, in this order
 ):
     "Send files"
     with at_place(self.url):
         if self.hub: return self._commit(files, remove)
-        for name in remove: self.fs.rm_file(f"{self.path}/{name}")
+        self._remove(remove)
         for name, file in files.items():
             to, size = f"{self.path}/{name}", Path(file).stat().st_size
             self.fs.makedirs(to.rsplit("/", 1)[0], exist_ok=True)
@@ -452,6 +452,14 @@ def put(self:Place,
 
 
 # %% ../nbs/01_core.ipynb #c045h
+@patch
+def _remove(self:Place, names:list[str]):
+    "Remove files, and folders that are empty then, where there are such things"
+    for name in names: self.fs.rm_file(f"{self.path}/{name}")
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
+    for folder in sorted(folders, reverse=True):  # those inside first
+        with contextlib.suppress(Exception): self.fs.rmdir(f"{self.path}/{folder}")  # each file system refuses in its own way
+
 @patch
 def _commit(self:Place, files:dict[str, Path], remove:Iterable[str]):
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi

@@ -129,7 +129,7 @@ def test_the_newest_two_and_the_best_are_kept(stage, there):
     for step, best, kept in [(5, 5, [5]), (10, 5, [5, 10]), (15, 5, [5, 10, 15]), (20, 5, [5, 15, 20]), (25, 25, [20, 25]), (30, 25, [25, 30]),
                              (35, 25, [25, 30, 35])]:
         sync_checkpoint(checkpoint(stage, step, best), there)
-        assert sorted(copies(there)) == sorted(f"checkpoint-{n}" for n in kept), step
+        assert sorted(copies(there)) == sorted(p.name for p in Path(there).glob("*/*")) == sorted(f"checkpoint-{n}" for n in kept), step
         assert not [damage(c) for c in copies(there).values() if damage(c)]
 
 
