@@ -18,6 +18,7 @@ from conftest import environment
 from distill_nb import core
 from distill_nb.core import DistillError, Place, read_json, write_json
 from distill_nb.learn import training
+from distill_nb.run.check import local_fields
 from distill_nb.learn.training import damage, last_checkpoint, mark_checkpoint, read_mark, sync_checkpoint
 
 
@@ -181,6 +182,14 @@ def test_a_copy_of_other_work_is_never_brought_back(change, stage, there):
     new_disk(stage)
     change(stage)
     assert last_checkpoint(stage, there) is None
+
+
+@pytest.mark.parametrize("written, meant", [("there", "HERE/there"), ("hf://me/student", "hf://me/student")])
+def test_a_relative_second_place_is_beside_the_run_and_not_inside_of_the_stage(written, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = training.TrainParams(model="m", data="sample", sync_to=written)
+    local_fields(params, tmp_path/"recipe.yaml")
+    assert params.sync_to == meant.replace("HERE", str(tmp_path))
 
 
 def test_what_somebody_else_keeps_at_the_place_stays(stage, there):

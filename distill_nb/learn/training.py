@@ -117,6 +117,7 @@ def rows_a_device(
 class TrainParams(BatchParams):
     "What every stage that trains takes"
     runtime = ("save_steps", "micro_batch", "max_hours", "sync_to", "report_to", "devices", "profile_steps")
+    path_fields = ("sync_to",)
     eval_steps: int|None = Field(None, ge=1, description="steps between validations; none: one an epoch")
     early_stopping: int|None = Field(None, ge=1, description=(
         "stop after so many validations in a row without a lower loss; none: never"))
