@@ -171,7 +171,8 @@ def one_gpu(
     if torch.cuda.is_initialized(): raise RuntimeError("one_gpu has to be called before torch starts the GPUs")
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     os.environ["CUDA_VISIBLE_DEVICES"] = first
-    return f"{count} GPUs are visible: this run uses the first ({first}); a stage that trains takes all with devices: auto"
+    return (f"{count} GPUs are visible: this run uses the first ({first}); "
+            "a stage that trains takes all with devices: auto")
 
 # %% ../nbs/03_hardware.ipynb #c013
 DTYPES = ("float32", "bfloat16", "float16")

@@ -112,7 +112,8 @@ def estimate(self:SftParams, plan, rows, origin):
     need = training_memory(shape, plan, micro, length, rank, again, accumulating=micro < self.batch_size, **more)
     steps = f"{counted(count_steps(self, rows.counts['train']), 'step')} of {counted(self.batch_size, 'row')}"
     note = f"{steps}, {micro} at a time{', with gradient checkpointing' if again else ''}"
-    return {"model": f"student {self.model}", "dtype": shape.quantize or plan.train_dtype, "note": note,
+    dtype = shape.quantize or training_dtype(method_of(self, plan), plan)
+    return {"model": f"student {self.model}", "dtype": dtype, "note": note,
             "change": what_to_change(shape, plan, micro, length, rank, again, **more)} | need
 
 
