@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from distill_nb import annotate, core, data
-from distill_nb.core import DistillError
+from distill_nb.core import DistillError, write_jsonl
 from distill_nb.data import SPLITS, open_rows
 from distill_nb.stage import DataSpec
 
@@ -717,3 +717,25 @@ def test_what_is_skipped_is_what_another_stage_took(took, validation, grouped):
 def test_skipping_every_row_is_refused():
     rows = [{"prompt": f"question {n}?"} for n in range(5)]
     with pytest.raises(DistillError, match="skip: 5 leaves no row"): data.open_rows({"rows": rows, "skip": 5})
+
+
+# Texts and labels
+
+def test_a_text_has_its_own_form_and_asks_nothing(tmp_path):
+    rows = [{"id": "a", "text": "One bee."}, {"id": "b", "text": "  "}, {"id": "c", "text": "Two bees.", "topic": "bees"}, {"id": "a", "text": "One bee."}]
+    with open_rows({"rows": rows, "validation": 0, "test": 0}, "text") as found:
+        assert sorted((r["id"], r["text"], str(r["meta"])) for r in found.rows()) == [("a", "One bee.", "{}"), ("c", "Two bees.", "{'topic': 'bees'}")]
+        assert found.dropped == {"blank prompt": 1, "duplicate": 1} and not any("messages" in r for r in found.rows())
+        assert found.require("train").longest("train") == len("Two bees.")
+    write_jsonl(tmp_path/"train.jsonl", [{"id": "a", "text": "One bee.", "meta": {"topic": "bees"}}])
+    with open_rows(str(tmp_path), "text") as found: assert found.first() == {"id": "a", "text": "One bee.", "meta": {"topic": "bees"}}
+    with pytest.raises(DistillError, match="no column for 'text' .columns: prompt."): open_rows({"rows": [{"prompt": "x"}]}, "text")
+    with pytest.raises(DistillError, match="columns: prompt: unknown role"):
+        open_rows({"rows": [{"frage": "x"}], "columns": {"prompt": "frage"}}, "text")
+
+
+@pytest.mark.parametrize("meta", [{"label": 1}, {"labels": {"tone": "bad"}}, {"probabilities": {"good": 0.5, "bad": 0.5}}])
+def test_a_label_is_an_answer_to_who_classifies_and_to_nobody_else(meta):
+    data = {"rows": [{"id": "r", "messages": [{"role": "user", "content": "Meh."}], "meta": meta}], "validation": 0, "test": 0}
+    with open_rows(data, "classify") as rows: assert rows.require("train").first()["meta"] == meta
+    with open_rows(data, "chat") as rows, pytest.raises(DistillError, match="row r of train has no answer"): rows.require("train")

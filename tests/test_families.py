@@ -9,8 +9,8 @@ import transformers
 
 from distill_nb.core import DistillError
 from distill_nb.families import (
-    FAMILIES, PLAIN_TEMPLATE, Head, collate, encode, encode_prompt, end_of_turn, ensure_template, family_of, head_of,
-    prompt_and_target, render, set_template, supervised_hidden)
+    FAMILIES, PLAIN_TEMPLATE, Head, class_of, collate, encode, encode_prompt, end_of_turn, ensure_template, family_of, head_of,
+    prompt_and_target, render, set_template, soft_targets, supervised_hidden)
 
 CHAT = ("llama3", "chatml", "gemma", "gemma2", "gemma3", "phi3", "mistral", "gpt2")
 CAUSAL, SEQ2SEQ, CLASSIFIER, MASKED = FAMILIES.values()
@@ -516,3 +516,35 @@ def test_a_template_of_the_recipes_own_takes_the_place_of_the_models():
 ])
 def test_a_template_that_cannot_be_filled_in_is_an_error_that_says_why(template, said):
     with pytest.raises(DistillError, match=said): with_template("chatml", template)
+
+
+# Classes
+
+NAMES = ["bad", "good"]
+
+
+@pytest.mark.parametrize("row, place", [
+    ({"meta": {"label": "good"}}, 1), ({"meta": {"label": 1}}, 1), ({"meta": {"probabilities": {"bad": 0.2, "good": 0.8}}}, 1),
+    ({"messages": [{"role": "assistant", "content": " bad "}], "meta": {"label": 1}}, 0),  # what is said counts before a number
+    ({"messages": [{"role": "assistant", "content": "because ..."}], "meta": {"label": 1}}, 1)])
+def test_a_class_is_found_wherever_a_row_says_it(row, place):
+    assert class_of(row, NAMES) == place
+
+
+def test_a_row_of_several_tasks_has_a_class_of_each(tokenizer):
+    names = ["tone: bad", "tone: good", "topic: food", "topic: rooms"]
+    row = {"text": "the cat", "meta": {"labels": {"topic": "rooms", "tone": "bad"}}}
+    assert sorted(encode(tokenizer("bert_cls"), row, CLASSIFIER, classes=names).labels) == [0, 3]
+    soft = {"tone": {"bad": 0.1, "good": 0.9}, "topic": {"food": 1.0}}
+    encoded = encode(tokenizer("bert_cls"), {"text": "the cat", "meta": {"probabilities": soft}}, CLASSIFIER, classes=names)
+    assert encoded.soft == [0.1, 0.9, 1.0, 0.0] and sorted(encoded.labels) == [1, 2]
+    batch = collate([encode(tokenizer("bert_cls"), r, CLASSIFIER, classes=names) for r in
+                     (row, {"text": "the dog", "meta": {"labels": {"tone": "good"}}})], CLASSIFIER, tokenizer("bert_cls"))
+    assert batch["labels"].tolist() == [[3, 0], [1, -100]]
+
+
+@pytest.mark.parametrize("soft, why", [
+    ({"bad": 0.5, "fine": 0.5}, "'fine' is not one of the classes"), ({"bad": 0.5, "good": 0.4}, "add up to 0.9, not to 1"),
+    ({"bad": 1.5, "good": -0.5}, "add up to 1, not to 1|add up"), ([0.5, 0.3, 0.2], "3 of 2 classes")])
+def test_probabilities_that_are_none_are_refused(soft, why):
+    with pytest.raises(DistillError, match=why): soft_targets(soft, NAMES)
