@@ -53,8 +53,8 @@ def ready(self:SftParams, keys=True):
         raise DistillError("engine: unsloth: is not installed here; install it, or use engine: auto")
     family = trained_family(self)
     if self.packing and family and family.name != "causal":
-        raise DistillError(f"packing: is for causal models, and {self.model.name} is trained as a {family.name} model; "
-                           "use group_by_length")
+        raise DistillError(f"packing: is for causal models, and {self.model.name} is trained as a {family.name} "
+                           "model; use group_by_length")
 
 def trained_family(
     params:SftParams, # model and task
@@ -71,7 +71,7 @@ def check_data(self:SftParams, rows):
     if self.early_stopping and not rows.counts["validation"]:
         raise DistillError(f"early_stopping: {rows.name} has no validation rows to see by when to stop")
     family = trained_family(self)
-    if family and family.name == "classifier": check_labels(rows, find_classes(rows, self.classes))
+    if family and family.name == "classifier": check_classes(rows, find_classes(rows, self.classes))
 
 
 # %% ../nbs/25_sft.ipynb #c013a
@@ -221,11 +221,12 @@ def prepare(
     rank = process_rank()[0]
     with open_rows(params.data, params.task) as rows:
         tasks = find_classes(rows, params.classes) if family.name == "classifier" else None
-        if tasks: check_labels(rows, tasks)
+        if tasks: check_classes(rows, tasks)
         if rank: wait_for_all()  # the first process may have to make the model's files
         student = load_student(params, plan, engine, tasks)
         if not rank: wait_for_all()
-        reader = Reader(student.tokenizer, family, params.max_length, params.loss_on, head_names(tasks) if tasks else None)
+        names = head_names(tasks) if tasks else None
+        reader = Reader(student.tokenizer, family, params.max_length, params.loss_on, names)
         sets = training_sets(rows, reader, Path(params.out)/"checkpoints"/f"rows-{rank}")
         return student, tasks, sets, [*itertools.islice(rows.rows("validation"), ANSWERED)]
 
@@ -256,12 +257,14 @@ def summarize(
     "What a log says of a training"
     losses = [p["loss"] for p in result["curve"] if "loss" in p]
     checks = [p for p in result["curve"] if "eval_loss" in p]
-    found = {"engine": result["engine"], "family": result["family"], "first loss": round(losses[0], 3), "last loss": round(losses[-1], 3)}
+    found = {"engine": result["engine"], "family": result["family"]}
+    found |= {"first loss": round(losses[0], 3), "last loss": round(losses[-1], 3)}
     if checks:
         best = min(checks, key=lambda p: p["eval_loss"])
         measures = {k.removeprefix("eval_"): v for k, v in best.items() if k.startswith("eval_")}
         found |= {"best step": best["step"]} | {f"validation {k}": round(v, 4) for k, v in measures.items()}
-    sizes = {"trainable": result["student"]["trainable"], "parameters": result["student"]["parameters"]}
+    sizes = {name: result["student"][name] for name in ("trainable", "parameters")}
+    sizes |= {"micro-batch": result["micro"], "peak memory, GiB": round(result["memory"] / GiB, 2)}
     changes = {"changes": result["changes"]} if result["changes"] else {}
-    return found | sizes | {"micro-batch": result["micro"], "peak memory, GiB": round(result["memory"] / GiB, 2)} | changes
+    return found | sizes | changes
 

@@ -145,7 +145,7 @@ def ready(self:StageParams,
 def check_data(self:StageParams,
     rows:"Rows", # what the stage will read, from 04_data's `open_rows`
 ):
-    "Raises `DistillError` where the rows are not such as the stage can use; that its splits are there is checked for it"
+    "Raises `DistillError` where the rows are not such as the stage can use; its splits have been checked"
 
 @patch
 def result_parameters(self:StageParams)->dict: # all but `out` and `runtime`

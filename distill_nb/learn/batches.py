@@ -195,7 +195,7 @@ def collate_packed(
     rows:list[dict], # of a causal model: input_ids, labels
     tokenizer:Any, # its padding
     room:int, # tokens of a packed row
-)->dict[str, "torch.Tensor"]: # input_ids, labels, position_ids; no mask: positions that begin again say where a row begins
+)->dict[str, "torch.Tensor"]: # input_ids, labels, position_ids: where these begin again, a row begins
     "Lay rows end to end; what is left at the end is a row of padding, of its own"
     bins = tightest([len(r["input_ids"]) for r in rows], room)
     def joined(values): return [list(itertools.chain(*(values(rows[i]) for i in b))) for b in bins]
@@ -209,7 +209,7 @@ def collate_packed(
 # %% ../../nbs/23_learn.batches.ipynb #b034
 def leak(
     model:Any, # causal
-)->tuple[float, float]: # largest difference between a row's logits behind another row and alone: packed, and run together
+)->tuple[float, float]: # largest difference to the logits alone: packed, and with nothing between
     "How much a packed row sees of the one before it, and how much it would if nothing kept them apart"
     import torch
     core = core_model(model)
