@@ -11,6 +11,7 @@ from distill_nb import pipeline
 from distill_nb.core import read_json, read_jsonl
 from distill_nb.data import open_rows
 from distill_nb.metrics import conclusion
+from distill_nb.run.plan import plan_recipe, render_plan
 from distill_nb.run.recipe import load_recipe, shipped_recipes
 from distill_nb.teacher.journal import read_shard
 
@@ -36,6 +37,14 @@ def test_a_recipe_is_sound_small_and_full_and_has_a_sentence_for_the_list(name):
         assert recipe.name == name and pipeline.check_recipe(recipe, file)
     assert recipe.about and len(recipe.about) < 160
     assert name == "quickstart" or (RECIPES/f"{name}.md").is_file()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_is_planned_for_a_t4_without_a_network_and_fits(name, tmp_path):
+    recipe, file = load_recipe(name)
+    text = render_plan(*plan_recipe(recipe, file, tmp_path/"run", "t4"))
+    assert "T4" in text and "DOES NOT FIT" not in text, text
+    if name == "bangla-tinyllama": assert "25,231,360 trained" in text
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +196,7 @@ def test_the_recording_answers_every_call_of_the_small_recipe(tmp_path):
     stage = pipeline.check_recipe(recipe, file)[0]
     pipeline.make_local(stage, file)
     made = annotate(AnnotateParams(**stage.params.model_dump() | {"out": str(tmp_path)}))
-    assert made["rows"] == {"train": 288, "validation": 14, "test": 58} and not made["dropped"]
+    assert made["rows"] == {"train": 240, "validation": 12, "test": 48} and not made["dropped"]
     assert not read_jsonl(tmp_path/"failures.jsonl")
     seeds = {split: {r["meta"]["seed"] for r in read_jsonl(tmp_path/f"{split}.jsonl")} for split in ("train", "test")}
     assert not seeds["train"] & seeds["test"]
