@@ -430,7 +430,8 @@ def estimate(self:MergeParams, plan, rows, origin):
     peak = (max(whole, held) if fit else held if spec.quantize else 0) + width + layer + logits + runtime
     gpu = plan.hardware.device != "cpu"
     main = int(3 * width // 2 + layer + GiB) if gpu else int(peak)
-    disk = int(whole + (4 * model.parameters if spec.layers else 0) + model.parameters * sum(map(GGUF_WIDTH.get, self.gguf)))
+    cut = 4 if spec.layers else 0  # the smaller base is written in fp32 first
+    disk = int(whole + model.parameters * (cut + sum(map(GGUF_WIDTH.get, self.gguf))))
     return {"model": f"of {self.adapter}", "parameters": model.parameters, "dtype": dtype, "peak": int(peak),
             "phases": {"load": {"gpu": int(peak) if gpu else 0, "main": main, "disk": disk},
                        "save": {"gpu": 0, "main": int(12 * width // 8 + GiB), "disk": disk}}}
@@ -445,8 +446,8 @@ def proof_sentences(
     elif effect <= NOISE * top: does = f" The adapter has no effect: {NO_EFFECT}."
     else: does = f" The adapter moves them by up to {effect:.2g} (KL {proof['adapter_kl']:.2g})."
     error, same = proof["max_abs_logit_difference"], proof["same_top_token"]
-    return (f"Logits at {proof['positions']} positions of {proof['rows']} rows were compared with those of the model as "
-            "it was trained, with the merged model reloaded from disk: "
+    return (f"Logits at {proof['positions']} positions of {proof['rows']} rows were compared with those of the model "
+            "as it was trained, with the merged model reloaded from disk: "
             f"the largest absolute difference is {error:.2g} (the largest logit is {top:.1f}), KL {proof['kl']:.2g}, "
             f"and {same:.1%} of the positions have the same most likely token.{does}")
 

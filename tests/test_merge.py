@@ -386,7 +386,7 @@ def test_a_full_disk_is_said_before_the_work_and_leaves_no_half_file(tmp_path, m
     with pytest.raises(DistillError, match="are to be written, and the disk has"): shards.check_room(tmp_path/"new"/"model", 10**6)
     def full(): raise OSError(28, "No space left on device")
     with pytest.raises(DistillError, match="No space left"):
-        shards.write_shard(tmp_path/"x.safetensors", [shards.Planned("w", (2,), "F32", full)])
+        shards.write_tensor_file(tmp_path/"x.safetensors", [shards.Planned("w", (2,), "F32", full)])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -36,7 +36,8 @@ def gguf_architecture(
 )->str: # llama.cpp's name
     "Which of llama.cpp's models it is. Raises `DistillError` for one that cannot be written"
     name = GGUF_NAMES.get(config.model_type)
-    if not name: raise DistillError(f"gguf: a {config.model_type} cannot be written yet (known: {', '.join(GGUF_NAMES)})")
+    known = ", ".join(GGUF_NAMES)
+    if not name: raise DistillError(f"gguf: a {config.model_type} cannot be written yet (known: {known})")
     kind = rope_of(config).get("rope_type", "default")
     if kind != "default": raise DistillError(f"gguf: positions that are scaled ({kind}) cannot be written yet")
     if name == "gemma2" and config.query_pre_attn_scalar != config.head_dim:
@@ -310,7 +311,7 @@ def read_gguf(
     "Let transformers read a GGUF file"
     import transformers.modeling_gguf_pytorch_utils as reader
     from transformers import AutoModelForCausalLM
-    bar, reader.tqdm = reader.tqdm, lambda tensors, **options: tensors  # it is not among those that can be switched off
+    bar, reader.tqdm = reader.tqdm, lambda tensors, **options: tensors  # it cannot be switched off
     try:
         with quiet(): model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
     finally: reader.tqdm = bar
@@ -329,11 +330,11 @@ def prove_gguf(
     error, allowed = found["max_abs_logit_difference"], GGUF_ROUNDING[kind] * found["max_abs_logit"]
     if error <= allowed and found["kl"] <= GGUF_KL[kind]:
         return {"bytes": file.stat().st_size} | {k: v for k, v in found.items() if v is not None}
-    raise DistillError(f"gguf: {file.name} is another model: its logits differ by {error:.2g} (allowed {allowed:.2g}), "
-                       f"KL {found['kl']:.2g} (allowed {GGUF_KL[kind]:.2g})")
+    raise DistillError(f"gguf: {file.name} is another model: its logits differ by {error:.2g} (allowed {allowed:.2g}"
+                       f"), KL {found['kl']:.2g} (allowed {GGUF_KL[kind]:.2g})")
 
 # %% ../../nbs/37_share.gguf.ipynb #g054
-STEP = {"F32": 2**-20, "F16": 2**-10, "Q8_0": 1 / 127}  # the largest rounding, as a share of the largest number of a block
+STEP = {"F32": 2**-20, "F16": 2**-10, "Q8_0": 1 / 127}  # the largest rounding, as a share of the largest number
 
 def check_gguf_tensors(
     file:Path, # .gguf

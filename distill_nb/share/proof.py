@@ -252,6 +252,6 @@ def judge_other_base(
     allowed = max(proof["adapter_kl"] / 2, 2 * quantisation, 1e-6)
     if proof["kl"] <= allowed: return proof | {"quantisation_kl": quantisation, "tolerance_kl": allowed}
     raise DistillError(
-        f"the merged model is too far from the one that was trained in 4 bits: KL {proof['kl']:.2g}, and {allowed:.2g} "
-        f"is allowed (quantisation alone: {quantisation:.2g}; the adapter: {proof['adapter_kl']:.2g}); "
+        f"the merged model is too far from the one trained in 4 bits: KL {proof['kl']:.2g}, and {allowed:.2g} is "
+        f"allowed (quantisation alone: {quantisation:.2g}; the adapter: {proof['adapter_kl']:.2g}); "
         "try into: dequantized")

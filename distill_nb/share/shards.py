@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKED', 'TORCH_NAMES', 'FLOATS', 'DTYPE_NAMES', 'HALF_STEP', 'SUMS', 'tensor_files', 'Checkpoint', 'packed_state',
-           'tensor_shape', 'read_tensor', 'Planned', 'size_of', 'into_shards', 'raw_bytes', 'write_shard',
+           'tensor_shape', 'read_tensor', 'Planned', 'size_of', 'into_shards', 'raw_bytes', 'write_tensor_file',
            'write_shards', 'check_room', 'hollow_model', 'check_adapter', 'fill_adapter', 'put_adapter', 'plain_name',
            'adapted_layers', 'merged_weight', 'through_nf4', 'four_bit_names', 'model_names', 'tied_names',
            'NotByTensor', 'Base', 'open_base', 'untied', 'check_complete', 'in_dtype', 'how_made', 'plan_merge',
@@ -39,8 +39,9 @@ def tensor_files(
     return {name: Path(folder)/file for name, file in read_json(index)["weight_map"].items()}
 
 # %% ../../nbs/36_share.shards.ipynb #s012
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
-               "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # what safetensors and torch call them
+TORCH_NAMES = {  # by safetensors' names of formats
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 
 class Checkpoint:
     "A model's files, read a tensor at a time"
@@ -138,7 +139,7 @@ def raw_bytes(
     import torch
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
-def write_shard(
+def write_tensor_file(
     file:Path, # .safetensors
     tensors:list[Planned], # what goes in
 )->str: # its sha256
@@ -172,7 +173,7 @@ def write_shards(
     sums = {}
     for name, tensors in zip(names, shards):
         if total > GiB // 10: log(f"{name}: {sum(t.bytes for t in tensors)/GiB:.2f} GiB")
-        sums[name] = write_shard(folder/name, tensors)
+        sums[name] = write_tensor_file(folder/name, tensors)
     if len(shards) == 1: return sums
     where = {t.name: name for name, tensors in zip(names, shards) for t in tensors}
     write_json(folder/"model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
