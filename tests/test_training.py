@@ -4,7 +4,10 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import traceback
 import weakref
 
@@ -13,7 +16,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import tiny
-from distill_nb.core import DistillError, read_json, read_jsonl, write_json
+from conftest import DEADLINE, environment
+from distill_nb.core import DistillError, read_json, read_jsonl, write_json, write_jsonl
 from distill_nb.hardware import plan_hardware
 from distill_nb.learn import training
 from distill_nb.learn.training import TrainParams, run_training, training_arguments
@@ -606,3 +610,77 @@ def test_what_changes_no_result_makes_no_stage_stale():
     changed = params.model_copy(update=dict(save_steps=7, micro_batch=1, max_hours=2.0, sync_to="there", report_to="all", devices=2, profile_steps=3))
     assert params.result_parameters() == changed.result_parameters()
     assert params.result_parameters() != params.model_copy(update={"keep_best": False}).result_parameters()
+
+
+# The real trainers, through the stage
+
+STAGE = """
+import json, os, signal, sys
+from distill_nb import sft
+from distill_nb.learn import training
+from distill_nb.stage import open_stage
+class Die(training.Watch):
+    def on_pre_optimizer_step(self, args, state, control, **kw):
+        if state.global_step == int(os.environ["DIE"]): os.kill(os.getpid(), signal.SIGKILL)
+watches = training.watches
+training.watches = lambda *a: [*watches(*a), Die()]
+params = sft.SftParams(**json.loads(sys.argv[1]))
+open_stage(params, "sft")
+result = sft.train_stage(params)
+print("RESULT" + json.dumps([result["engine"], result["curve"], result["best"]]))
+"""
+
+
+@pytest.mark.parametrize("engine, more", [("trl", {"packing": True}), ("unsloth", {"group_by_length": True})], ids=["trl", "unsloth"])
+def test_a_kill_changes_nothing_for_a_real_trainer(engine, more, bases, tmp_path):
+    "TRL's, and Unsloth's with all that it patches: dropout, accumulation, validation, packed or grouped rows"
+    draw = random.Random(0)
+    def row(n): return {"id": f"{n}", "prompt": f"Say {n} words.", "answer": "yes " * draw.randint(1, 9)}
+    def conversation(r):
+        return {"id": r["id"], "meta": {}, "messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["answer"]}]}
+    write_jsonl(tmp_path/"rows"/"train.jsonl", [conversation(row(n)) for n in range(24)])
+    write_jsonl(tmp_path/"rows"/"validation.jsonl", [conversation(row(n)) for n in range(24, 30)])
+    def run(out, die=-1):
+        values = dict(out=str(tmp_path/out), model=str(bases("chatml")), data=str(tmp_path/"rows"), engine=engine, batch_size=8, micro_batch=4,
+                      epochs=3, max_length=128, save_steps=2, lora_r=2, learning_rate=1e-2, lora_dropout=0.1) | more
+        done = subprocess.run([sys.executable, "-c", STAGE, json.dumps(values)], text=True, capture_output=True, cwd=tmp_path, timeout=DEADLINE,
+                              env=environment({"DIE": str(die)}))
+        if die >= 0: assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+        else:
+            assert done.returncode == 0, done.stderr[-3000:]
+            return json.loads(done.stdout.split("RESULT")[1])
+    name, curve, best = run("whole")
+    run("killed", die=draw.randint(3, 7))
+    again, other, found = run("killed")
+    assert name == again == engine and [list(p) for p in curve] == [list(p) for p in other]
+    assert [p["step"] for p in curve if "eval_loss" in p] == [3, 6, 9]
+    for a, b in zip(comparable(curve), comparable(other)): assert b == pytest.approx(a, abs=1e-3)
+    assert found == pytest.approx(best, abs=1e-3)
+
+
+def test_the_best_weights_come_back_from_the_second_place(bases, tmp_path):
+    "The disk was lent: what is left of it are the copies"
+    more = dict(learning_rate=0.1, epochs=6, schedule="constant", save_steps=1, rows=10, sync_to=str(tmp_path/"copies"))
+    whole = Setting(tmp_path/"whole", bases("llama3"), **more).run()
+    setting = Setting(tmp_path/"lent", bases("llama3"), **more)
+    setting.callbacks = [At("on_step_begin", 17, die)]
+    for folder in ("whole", "lent"): write_json(tmp_path/folder/"stage.json", {"parameters": folder})
+    killed(setting.run)
+    shutil.rmtree(tmp_path/"lent"/"checkpoints")
+    again = Setting(tmp_path/"lent", bases("llama3"), **more).run()
+    assert again.trainer.state.best_global_step < 17 and again.best == pytest.approx(whole.best, abs=1e-3)
+    assert_same(again, whole)
+
+
+def test_tensorboard_writes_into_the_stages_folder(bases, tmp_path):
+    pytest.importorskip("tensorboard", reason="an extra")
+    Setting(tmp_path, bases("llama3"), max_steps=2, report_to="tensorboard").run()
+    assert list((tmp_path/"tensorboard").rglob("events*")) and not list((tmp_path/"checkpoints").rglob("events*"))
+
+
+def test_a_model_that_does_not_fit_at_all_is_said(bases, tmp_path):
+    setting = Setting(tmp_path, bases("llama3"))
+    def spoil(model): raise torch.OutOfMemoryError("CUDA out of memory")
+    setting.spoil = spoil
+    with pytest.raises(DistillError, match="out of memory while the model is loaded.*model.quantize: 4bit"): setting.run()
+    assert setting.built == [2]

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['REPORTERS', 'BUSY', 'MARKED', 'ASIDE', 'SKIPPED', 'LINES', 'TIMES', 'LearnerParams', 'ScheduleParams', 'BatchParams',
-           'rows_a_device', 'TrainParams', 'check_reporters', 'check_optimizer', 'method_of', 'rows_a_pass',
-           'decide_training', 'count_steps', 'hardware_arguments', 'training_arguments', 'epoch_order', 'Watch',
-           'attach', 'EpochOrder', 'process_rank', 'wait_for_all', 'mark_checkpoint', 'read_mark', 'damage', 'steps_of',
-           'last_whole', 'checkpoint_place', 'copied_steps', 'best_checkpoint', 'send_checkpoints', 'sync_checkpoint',
-           'fetch_checkpoint', 'newer_checkpoint', 'last_checkpoint', 'validation_losses', 'is_best', 'is_stuck',
-           'Checkpoints', 'has_gradient', 'never_learnt', 'still_zero', 'Gradients', 'of_all', 'not_learning',
-           'diverged', 'check_numbers', 'check_log', 'loss_limit', 'has_exploded', 'Losses', 'process_start',
-           'deadline_of', 'Clock', 'ProgressLine', 'Trace', 'reports_inside', 'loss_curve', 'check_trained',
-           'TrainOutcome', 'take_up', 'is_over', 'keep_best_weights', 'train_once', 'watches', 'TryAgain', 'remembered',
-           'halve', 'too_large', 'free_memory', 'run_training']
+           'rows_a_device', 'TrainParams', 'check_reporters', 'check_optimizer', 'method_of', 'process_rank',
+           'wait_for_all', 'of_all', 'rows_a_pass', 'decide_training', 'count_steps', 'hardware_arguments',
+           'training_arguments', 'epoch_order', 'Watch', 'attach', 'EpochOrder', 'mark_checkpoint', 'read_mark',
+           'damage', 'steps_of', 'last_whole', 'checkpoint_place', 'copied_steps', 'best_checkpoint',
+           'send_checkpoints', 'sync_checkpoint', 'fetch_checkpoint', 'newer_checkpoint', 'last_checkpoint',
+           'validation_losses', 'is_best', 'is_stuck', 'Checkpoints', 'has_gradient', 'never_learnt', 'still_zero',
+           'not_learning', 'Gradients', 'diverged', 'check_numbers', 'check_log', 'loss_limit', 'has_exploded',
+           'Losses', 'process_start', 'deadline_of', 'Clock', 'ProgressLine', 'Trace', 'reports_inside', 'loss_curve',
+           'check_trained', 'TrainOutcome', 'take_up', 'is_over', 'fetch_best', 'keep_best_weights', 'watches',
+           'train_once', 'TryAgain', 'remembered', 'halve', 'too_large', 'free_memory', 'build_anew', 'run_training']
 
 # %% ../../nbs/21_learn.training.ipynb #t002
 import contextlib, gc, importlib.util, json, math, os, random, re, shutil, statistics, time
@@ -177,6 +177,27 @@ def method_of(
     chosen = plan.method if params.method == "auto" else params.method
     return "qlora" if params.model.quantize else chosen
 
+# %% ../../nbs/21_learn.training.ipynb #u016
+def process_rank()->tuple[int, int]: # its number, and how many there are; 0 of 1 if alone
+    "Which of the training processes this is"
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def wait_for_all():
+    "Wait until every training process has come here"
+    if process_rank()[1] == 1: return
+    import torch.distributed as together
+    if together.is_initialized(): together.barrier()
+
+def of_all(
+    mine:Any, # what this process has found
+)->list: # what each has found, in the order of their numbers
+    "Let training processes tell each other"
+    if process_rank()[1] == 1: return [mine]
+    import torch.distributed as together
+    found = [None] * process_rank()[1]
+    together.all_gather_object(found, mine)
+    return found
+
 # %% ../../nbs/21_learn.training.ipynb #t012
 BUSY = 4096  # tokens in a forward pass that keep a CPU busy
 
@@ -309,16 +330,6 @@ class EpochOrder(Watch):
 
 # %% ../../nbs/21_learn.training.ipynb #c022
 MARKED = "complete"  # the file that is written last
-
-def process_rank()->tuple[int, int]: # its number, and how many there are; 0 of 1 unless several were launched together
-    "Which of the training processes this is"
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-def wait_for_all():
-    "Wait until every training process has come here"
-    if process_rank()[1] == 1: return
-    import torch.distributed as together
-    if together.is_initialized(): together.barrier()
 
 def mark_checkpoint(
     folder:Path, # a checkpoint whose files are all written
@@ -553,6 +564,18 @@ def still_zero(
     other = re.sub(r"lora_(embedding_)?[AB]", lambda m: m[0][:-1] + ("B" if m[0][-1] == "A" else "A"), name)
     return other in learning and not learning[other].to(dtype).any()
 
+# %% ../../nbs/21_learn.training.ipynb #t032
+def not_learning(
+    missing:list[str], # weights
+    trained:int, # how many are trained
+    steps:int, # of the optimiser so far
+)->str: # for an error
+    "Name the weights that learn nothing, and say what to do"
+    named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    return (f"after {counted(steps, 'step')}, {len(missing)} of {counted(trained, 'trained weight')} never had a "
+            f"gradient: {named}: no path leads from them to the loss; leave their layers out (lora_targets), "
+            "or use engine: trl")
+
 # %% ../../nbs/21_learn.training.ipynb #t031
 class Gradients(Watch):
     "Stops training where a weight that is trained learns nothing, or a frozen one has a gradient"
@@ -582,28 +605,6 @@ class Gradients(Watch):
         missing = never_learnt([name for name in self.left if name not in waiting], self.seen)
         self.left = waiting
         if missing: raise DistillError(not_learning(missing, len(self.trained), self.applied))
-
-# %% ../../nbs/21_learn.training.ipynb #t032
-def of_all(
-    mine:Any, # what this process has found
-)->list: # what each has found, in the order of their numbers
-    "Let training processes tell each other"
-    if process_rank()[1] == 1: return [mine]
-    import torch.distributed as together
-    found = [None] * process_rank()[1]
-    together.all_gather_object(found, mine)
-    return found
-
-def not_learning(
-    missing:list[str], # weights
-    trained:int, # how many are trained
-    steps:int, # of the optimiser so far
-)->str: # for an error
-    "Name the weights that learn nothing, and say what to do"
-    named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-    return (f"after {counted(steps, 'step')}, {len(missing)} of {counted(trained, 'trained weight')} never had a "
-            f"gradient: {named}: no path leads from them to the loss; leave their layers out (lora_targets), "
-            "or use engine: trl")
 
 # %% ../../nbs/21_learn.training.ipynb #t034
 def diverged(
@@ -837,9 +838,20 @@ def is_over(
     return state["global_step"] >= state["max_steps"] or is_stuck(state["log_history"], params.early_stopping)
 
 # %% ../../nbs/21_learn.training.ipynb #t053
+def fetch_best(
+    checkpoint:Path, # that training goes on from
+    sync_to:str|None, # a second place
+):
+    "Bring the checkpoint with the best weights back too, where it is only at the second place"
+    best = read_json(checkpoint/"trainer_state.json").get("best_global_step")
+    if sync_to and best and not process_rank()[0] and not checkpoint.with_name(f"checkpoint-{best}").exists():
+        try: fetch_checkpoint(checkpoint_place(checkpoint.parent, sync_to), best, checkpoint.parent)
+        except DistillError as e: log(f"the best weights so far, of step {best}, are not at the second place: {e}")
+    wait_for_all()
+
 def keep_best_weights(
     trainer:Any, # after training
-    params:TrainParams, # keep_best, sync_to
+    params:TrainParams, # keep_best
 )->float|None: # their validation loss
     "Go back to the weights with the lowest validation loss"
     state, losses = trainer.state, validation_losses(trainer.state.log_history)
@@ -847,9 +859,6 @@ def keep_best_weights(
     best = state.best_global_step
     if not params.keep_best or not best or best == state.global_step: return losses[-1]
     folder = Path(trainer.args.output_dir)/f"checkpoint-{best}"
-    if not folder.exists() and params.sync_to and not process_rank()[0]:
-        fetch_checkpoint(checkpoint_place(folder.parent, params.sync_to), best, folder.parent)
-    wait_for_all()
     if wrong := damage(folder):
         log(f"the weights of step {best}, the best, are lost ({wrong}): the last ones are kept")
         return losses[-1]
@@ -859,6 +868,19 @@ def keep_best_weights(
     return min(losses)
 
 # %% ../../nbs/21_learn.training.ipynb #t054
+def watches(
+    trainer:Any, # from a stage's `build`
+    params:TrainParams, # what is to be watched
+    plan:HardwarePlan, # the machine
+)->list[Watch]:
+    "All that watch but the clock"
+    import torch
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.autocast, torch.float32)
+    profiled = [Trace(params.profile_steps, Path(params.out)/"profile")] if params.profile_steps else []
+    return [EpochOrder(params, trainer), Gradients(dtype), Losses(plan.autocast == "fp16"), Checkpoints(params),
+            ProgressLine(), *profiled]
+
+# %% ../../nbs/21_learn.training.ipynb #u007
 def train_once(
     trainer:Any, # from a stage's `build`
     params:TrainParams, # schedule, and where to
@@ -870,7 +892,9 @@ def train_once(
     clock, folder = Clock(deadline), Path(params.out)/"checkpoints"
     attach(trainer, *watches(trainer, params, plan), clock)
     resume = last_checkpoint(folder, params.sync_to)
-    if resume: log(f"goes on from {resume.name}")
+    if resume:
+        log(f"goes on from {resume.name}")
+        fetch_best(resume, params.sync_to)
     if resume and is_over(resume, params): take_up(trainer, resume)
     elif deadline is not None and any(of_all(time.monotonic() > deadline)):
         return f"max_hours: {params.max_hours}: they were over before the first step; raise it", None
@@ -882,14 +906,6 @@ def train_once(
         return f"max_hours: {params.max_hours}: {state.global_step} of {state.max_steps} steps are done", None
     check_trained(trainer)
     return "", keep_best_weights(trainer, params)
-
-def watches(trainer:Any, params:TrainParams, plan:HardwarePlan)->list[Watch]:
-    "All that watch but the clock"
-    import torch
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.autocast, torch.float32)
-    profiled = [Trace(params.profile_steps, Path(params.out)/"profile")] if params.profile_steps else []
-    return [EpochOrder(params, trainer), Gradients(dtype), Losses(plan.autocast == "fp16"), Checkpoints(params),
-            ProgressLine(), *profiled]
 
 # %% ../../nbs/21_learn.training.ipynb #t056
 class TryAgain(DistillError):
@@ -904,6 +920,7 @@ def remembered(
     if known.get("asked") == params.micro_batch: return known["micro"], known["changes"]
     return params.micro_batch, []
 
+# %% ../../nbs/21_learn.training.ipynb #u008
 def halve(
     params:TrainParams, # batch_size, and where to
     micro:int, # rows a forward pass, which did not fit
@@ -930,7 +947,7 @@ def too_large(
     steps += [] if params.model.quantize or params.method == "full" else ["method: qlora"]
     return f"out of memory with a single row in a forward pass: try {', '.join(steps)}, or a smaller model"
 
-# %% ../../nbs/21_learn.training.ipynb #t057
+# %% ../../nbs/21_learn.training.ipynb #u009
 def free_memory():
     "Give back what nothing holds any more"
     import torch
@@ -938,6 +955,20 @@ def free_memory():
     for name in ("cuda", "xpu", "mps"):
         if getattr(torch, name).is_available(): getattr(torch, name).empty_cache()
 
+def build_anew(
+    build:Callable[[int], Any], # of a stage
+    micro:int, # rows a forward pass
+    params:TrainParams, # where to
+)->Any: # a `Trainer`
+    "Make model and trainer. Raises `DistillError` where the model alone does not fit"
+    try:
+        with reports_inside(Path(params.out)): return build(micro)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e): raise
+        smaller = "a smaller model" if params.model.quantize else "model.quantize: 4bit, or a smaller model"
+        raise DistillError(f"out of memory while the model is loaded: try {smaller}") from e
+
+# %% ../../nbs/21_learn.training.ipynb #t057
 def run_training(
     build:Callable[[int], Any], # makes model and `Trainer` anew, for so many rows a forward pass
     params:TrainParams, # schedule, and where to
@@ -949,7 +980,7 @@ def run_training(
     micro, changes = remembered(params)
     deadline = deadline_of(params.max_hours) if deadline is None else deadline
     while True:
-        with reports_inside(Path(params.out)): trainer = build(micro)
+        trainer = build_anew(build, micro, params)
         try: why, best = train_once(trainer, params, plan, deadline)
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e): raise
