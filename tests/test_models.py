@@ -223,7 +223,7 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(gguf_model, made):
 def test_a_gguf_file_is_planned_without_being_converted(gguf_model, made, monkeypatch):
     monkeypatch.setattr(models, "convert_gguf", lambda *_: pytest.fail("converted a model to plan it"))
     known, whole = check_model(spec(gguf_model)), profile(spec(made("chatml")))
-    assert known == whole and identity(spec(gguf_model))["weights"].keys() == {"gguf"}
+    assert known.model_dump(exclude={"config"}) == whole.model_dump(exclude={"config"}) and identity(spec(gguf_model))["weights"].keys() == {"gguf"}
 
 
 def test_a_gguf_file_is_converted_once_whatever_its_name(gguf_model, monkeypatch, tmp_path):
@@ -517,6 +517,83 @@ def test_a_cut_that_would_make_another_model_is_refused(kind, layers, said):
     settings = {"t5": T5 | dict(num_layers=6, num_decoder_layers=5), "modernbert": SMALL | six(pad_token_id=0),
                 "qwen2_moe": SMALL | six(num_experts=4, moe_intermediate_size=16, decoder_sparse_step=2), "llama": SMALL | six()}[kind]
     with pytest.raises(DistillError, match=said): shrink(meta_model(AutoConfig.for_model(kind, **settings)), layers)
+
+
+# ---- cutting units
+
+def without_units(model, kept):
+    "Let a whole model answer as if it had only some of its units"
+    def silence(units):
+        mask = torch.zeros(48).index_fill(0, units, 1.0)
+        return lambda _, given: (given[0] * mask,)
+    for name, part in models.feed_forwards(model).items(): part.out.register_forward_pre_hook(silence(kept[name]))
+    return model
+
+
+THIN = {k: CUTS[k] for k in ("llama", "gemma2", "bert", "t5", "bart", "marian")} | {
+    "gpt2": ("GPT2LMHeadModel", dict(vocab_size=60, n_embd=32, n_head=4, n_layer=2, n_inner=48)),
+    "phi3": ("Phi3ForCausalLM", SMALL | dict(num_hidden_layers=2, num_key_value_heads=2, pad_token_id=0)),
+    "gated t5": ("T5ForConditionalGeneration", T5 | dict(num_layers=2, feed_forward_proj="gated-gelu")),
+    "modernbert": ("ModernBertForMaskedLM", SMALL | dict(num_hidden_layers=2, pad_token_id=0)),
+    "distilbert": ("DistilBertForMaskedLM", dict(vocab_size=60, dim=32, hidden_dim=48, n_layers=2, n_heads=4))}
+
+
+@pytest.mark.parametrize("kind", THIN)
+def test_a_thinner_model_is_the_whole_one_with_the_other_units_silent(kind, tmp_path):
+    name, whole = THIN[kind][:2]
+    model, torn_off = build(name, whole), build(name, whole)
+    torch.manual_seed(1)
+    scores = {path: torch.rand(part.width) for path, part in models.feed_forwards(model).items()}
+    kept = {path: s.topk(20).indices.sort().values for path, s in scores.items()}
+    before, wanted = says(model)[0], says(without_units(torn_off, kept))
+    shrink(model, feed_forward=20, scores=scores)
+    for found in (model, type(model).from_pretrained(model.save_pretrained(tmp_path) or tmp_path)):
+        logits, written = says(found)
+        assert torch.allclose(logits, wanted[0], atol=1e-4)
+        assert written is None or torch.equal(written, wanted[1])
+    assert not torch.allclose(before, wanted[0], atol=1e-3)
+    assert {part.width for part in models.feed_forwards(model).values()} == {20}
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gpt2", "t5", "bert_mlm"])
+def test_units_are_scored_by_how_active_they_are_on_rows_that_ship(made, kind):
+    loaded = load(made(kind))
+    parts = models.feed_forwards(loaded.model)
+    loud, silent = next(iter(parts)), 7
+    for layer in parts[loud].into:
+        with torch.no_grad(): layer.weight.data.index_fill_(1 if models.is_transposed(layer) else 0, torch.tensor([silent]), 0.0)
+        if layer.bias is not None: layer.bias.data[silent] = 0
+    scores = models.unit_scores(loaded.model, loaded.tokenizer, loaded.family)
+    assert scores.keys() == parts.keys() and all(s.shape == (parts[n].width,) for n, s in scores.items())
+    assert scores[loud].argmin() == silent and scores[loud][silent] == 0 and not loaded.model.training
+
+
+def test_a_specs_thin_model_is_planned_loaded_and_told_apart(made):
+    thin = spec(made("llama3"), layers=1, feed_forward=16)
+    model = load_model(thin, dtype="float32").model
+    assert profile(thin).parameters == count_parameters(model) and model.config.intermediate_size == 16
+    assert identity(thin) == identity(spec(made("llama3"), layers=1)) | {"feed_forward": 16}
+    assert str(thin).endswith("(1 layers, feed-forward of 16)")
+
+
+@pytest.mark.parametrize("kind, width, said", [
+    ("llama", 49, "feed_forward: 49: the model has 48"),
+    ("mixtral", 20, "feed_forward: MixtralForCausalLM: has no feed-forward parts that are known here"),
+    ("mamba", 20, "MambaForCausalLM: has no feed-forward parts"),
+])
+def test_units_that_cannot_be_dropped_are_refused(kind, width, said):
+    settings = {"llama": SMALL | six(), "mixtral": SMALL | six(num_key_value_heads=2, num_local_experts=4),
+                "mamba": dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4)}[kind]
+    with pytest.raises(DistillError, match=said): shrink(meta_model(AutoConfig.for_model(kind, **settings)), feed_forward=width)
+
+
+def test_units_of_an_adapter_are_refused(adapter):
+    with pytest.raises(DistillError, match="feed_forward: an adapter belongs to all units of its model"): profile(spec(adapter, feed_forward=8))
+
+
+def test_packed_weights_are_not_cut_by_units(made):
+    with pytest.raises(DistillError, match="feed_forward: cut the model before it is quantised"):
+        load_model(spec(made("llama3"), feed_forward=8, quantize="4bit"))
 
 
 # ---- what LoRA adapts

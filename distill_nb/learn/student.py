@@ -206,7 +206,7 @@ def student_folder(
     kind, path = locate_model(params.model)
     if kind == "adapter":
         raise DistillError(f"model: {params.model.name}: is an adapter; merge it first, and train the merged model")
-    if not params.model.layers: return path
+    if not params.model.is_cut: return path
     if not (folder/"config.json").exists():
         import torch
         torch.manual_seed(params.seed)
@@ -271,11 +271,11 @@ def load_with_peft(
     import torch
     method = method_of(params, plan)
     torch.manual_seed(params.seed)
-    spec = params.model.model_copy(update={"name": path, "layers": None, "file": None,
+    spec = params.model.model_copy(update={"name": path, "layers": None, "feed_forward": None, "file": None,
                                            "quantize": "4bit" if method == "qlora" else None})
     loaded = load_model(spec, plan, training_dtype(method, plan), **head)
     model, again = loaded.model, params.gradient_checkpointing is True
-    if spec.quantize: model = prepare_model_for_kbit_training(never_packed(model), use_gradient_checkpointing=again)
+    if loaded.quantize: model = prepare_model_for_kbit_training(never_packed(model), use_gradient_checkpointing=again)
     if method != "full":
         model = get_peft_model(model, LoraConfig(
             r=params.lora_r, lora_alpha=params.lora_alpha, lora_dropout=params.lora_dropout,
@@ -316,7 +316,7 @@ def load_student(
     family = student_family(family_of(config, params.model).name, params.task, params.model.name)
     head_made = head_to_make(params, family, tasks)
     path = student_folder(params, Path(params.out)/"checkpoints"/"base", head_made)
-    head = {} if params.model.layers else head_made  # a shrunk student has it already
+    head = {} if params.model.is_cut else head_made  # a shrunk student has it already
     plan = plan_for_model(plan, config.model_type)
     if engine == "unsloth": loaded = load_with_unsloth(params, plan, path)
     else: loaded = load_with_peft(params, plan, path, head)

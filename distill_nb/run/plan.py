@@ -276,7 +276,8 @@ def origin(
         raise DistillError(f"{spec.name}: its class of parameters does not say what it `descends` from")
     base = origin(getattr(params, params.descends), stages)
     quantize = spec.quantize or (base.quantize if "adapter" in params.makes() else None)
-    return base.model_copy(update={"layers": kept_layers(base, spec), "quantize": quantize})
+    units = spec.feed_forward or base.feed_forward
+    return base.model_copy(update={"layers": kept_layers(base, spec), "feed_forward": units, "quantize": quantize})
 
 # %% ../../nbs/62_run.plan.ipynb #c035
 def plan_stage(

@@ -99,7 +99,7 @@ def use_vllm(
     old = hardware.device != "cuda" or tuple(hardware.capability or (0, 0)) < (7, 0)
     if importlib.util.find_spec("vllm") is None: why_not = "it is not installed"
     elif old: why_not = "it needs an NVIDIA GPU of capability 7.0 or more"
-    elif spec.layers or locate_model(spec)[0] == "adapter": why_not = "it takes whole models only"
+    elif spec.is_cut or locate_model(spec)[0] == "adapter": why_not = "it takes whole models only"
     else: why_not = ""
     if engine == "vllm" and why_not: raise DistillError(f"engine: vllm: {why_not}; set engine: transformers")
     return engine != "transformers" and not why_not
