@@ -684,3 +684,9 @@ def test_a_model_that_does_not_fit_at_all_is_said(bases, tmp_path):
     setting.spoil = spoil
     with pytest.raises(DistillError, match="out of memory while the model is loaded.*model.quantize: 4bit"): setting.run()
     assert setting.built == [2]
+
+
+def test_gradient_checkpointing_changes_nothing(bases, tmp_path):
+    "And no adapter is cut off from the loss by it"
+    one, other = (Setting(tmp_path/str(again), bases("llama3"), gradient_checkpointing=again, epochs=1, validation=0).run() for again in (False, True))
+    assert_same(other, one)
