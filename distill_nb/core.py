@@ -80,7 +80,8 @@ def saving(
     except DistillError: raise
     except Exception as e:
         if not NO_ROOM.search(str(e)): raise
-        raise DistillError(f"{path}: cannot be written: no room is left on the disk; free some, and run it again") from e
+        what = "no room is left on the disk; free some, and run it again"
+        raise DistillError(f"{path}: cannot be written: {what}") from e
 
 # %% ../nbs/01_core.ipynb #c016
 def write_text(
@@ -458,7 +459,8 @@ def _remove(self:Place, names:list[str]):
     for name in names: self.fs.rm_file(f"{self.path}/{name}")
     folders = {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
     for folder in sorted(folders, reverse=True):  # those inside first
-        with contextlib.suppress(Exception): self.fs.rmdir(f"{self.path}/{folder}")  # each file system refuses in its own way
+        with contextlib.suppress(Exception):  # each file system refuses in its own way
+            self.fs.rmdir(f"{self.path}/{folder}")
 
 @patch
 def _commit(self:Place, files:dict[str, Path], remove:Iterable[str]):

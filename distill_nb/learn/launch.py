@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['visible_gpus', 'count_devices', 'accelerate_config', 'launch_command', 'launch_environment', 'leave_with_parent',
-           'speak_into', 'write_outcome', 'run_target', 'main', 'ended_badly', 'why_it_failed', 'read_outcome',
+           'speak_into', 'write_outcome', 'run_target', 'run_process', 'ended_badly', 'why_it_failed', 'read_outcome',
            'end_processes', 'launch_once', 'launch']
 
 # %% ../../nbs/24_learn.launch.ipynb #h003
@@ -65,7 +65,7 @@ def launch_environment(
     paths = [str(package_dir().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {"OMP_NUM_THREADS": str(threads)} | os.environ | {
         "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths), "DISTILL_NB_STARTED": str(process_start())}
-    on_cpu = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}  # else cpu:0, which torch cannot load to
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}  # else cpu:0: torch loads nothing there
     return env if visible_gpus() else env | on_cpu
 
 # %% ../../nbs/24_learn.launch.ipynb #c017
@@ -108,7 +108,7 @@ def run_target(
     write_outcome(folder, **state)
     together.destroy_process_group()
 
-def main():
+def run_process():
     "What `launch` starts: `python -m distill_nb.learn.launch MODULE:FUNCTION FOLDER`"
     target, folder = sys.argv[1], Path(sys.argv[2])
     leave_with_parent()
@@ -120,7 +120,7 @@ def main():
         sys.stderr.flush()
         os._exit(1)  # at once: the others wait for this process in vain
 
-if __name__ == "__main__" and Path(sys.argv[0]).name == "launch.py": main()
+if __name__ == "__main__" and Path(sys.argv[0]).name == "launch.py": run_process()
 
 # %% ../../nbs/24_learn.launch.ipynb #c020
 def ended_badly(
@@ -128,7 +128,7 @@ def ended_badly(
 )->list[str]: # those that were killed first, then in the order in which they failed
     "What the launcher says of the processes that failed"
     ends = re.findall(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said, re.DOTALL)
-    ends = [(number, int(status)) for number, status in ends[-1:] + ends[:-1]]  # the first is called the root cause, and comes last
+    ends = [(number, int(status)) for number, status in ends[-1:] + ends[:-1]]  # the root cause comes last
     killed = [f"process {n} was killed (signal {-status}), perhaps for lack of memory" for n, status in ends
               if status < 0 and status != -signal.SIGTERM]  # that is how the launcher itself ends a process
     return killed + [f"process {n} ended with status {status}" for n, status in ends if status > 0]
@@ -197,7 +197,7 @@ def launch(
     target:str, # MODULE:FUNCTION, which gets them; the module's `Params` is their class
     devices:int, # processes, from `count_devices`
 )->Any: # what the function returned in the first process; JSON
-    "Run an exported function on several devices at once. Raises `DistillError`, or `StagePaused`, as the function did"
+    "Run an exported function on several devices. Raises `DistillError`, or `StagePaused`, as the function did"
     while True:  # each attempt takes less memory than the one before
         try: return launch_once(params, target, devices)
         except TryAgain as e: log(str(e))

@@ -417,7 +417,7 @@ def send_checkpoints(
     checkpoints:list[Path], # marked; the newest last
     place:Place, # where to
 ):
-    "Copy what is not there yet; before it, all goes but the newest that is there, so that two stay. Raises `DistillError`"
+    "Copy what is not there yet; before, all but the newest that is there goes. Raises `DistillError`"
     there, names = place.files(), [c.name for c in checkpoints]
     def same(c): return f"{c.name}/{MARKED}" in there and place.read(f"{c.name}/{MARKED}") == (c/MARKED).read_bytes()
     missing = [c for c in checkpoints if not same(c)]
@@ -473,7 +473,7 @@ def last_checkpoint(
     folder:str|Path, # holds checkpoint-N folders, in a stage's folder
     sync_to:str|None=None, # a second place: a folder, or a URL that fsspec knows
 )->Path|None: # None: start from the beginning
-    "The newest whole checkpoint, from here or from the second place. Raises `DistillError` where that is dead and none is here"
+    "The newest whole checkpoint, from here or there. Raises `DistillError` where none is here and the place is dead"
     folder, rank = Path(folder), process_rank()[0]
     if rank: wait_for_all()  # until the first has put things in order
     here = last_whole(folder)
