@@ -131,6 +131,28 @@ def test_a_classifier_whose_base_had_no_head_keeps_its_classes(tmp_path):
     assert load_model(ModelSpec(name=str(tmp_path/"merged")), PLAN, "float32").model.classifier.weight.shape[0] == 4
 
 
+OTHERS = {  # class, a tokenizer that will do, PEFT's task, and the configuration
+    "Marian": ("MarianMTModel", "t5", "SEQ_2_SEQ_LM", dict(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, bos_token_id=None)),
+    "RoBERTa": ("RobertaForSequenceClassification", "bert_cls", "SEQ_CLS", tiny.SMALL | dict(num_labels=3, pad_token_id=0)),
+    "Qwen3": ("Qwen3ForCausalLM", "chatml", "CAUSAL_LM", tiny.GROUPED)}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_are_merged_tensor_by_tensor(name, tmp_path):
+    import transformers
+    made, kind, task, config = OTHERS[name]
+    tokenizer, model_class = tiny.tokenizer_of(kind), getattr(transformers, made)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(vocab_size=len(tokenizer), **config))
+    if name == "Marian": model.final_logits_bias.normal_()  # no parameter, and part of the model all the same
+    save_model(model, tokenizer, tmp_path/"base")
+    found = merged(adapt(tmp_path, tmp_path/"base", task=task), tmp_path/"merged")
+    assert found["way"] == "tensor by tensor" and found["adapter_effect"] > 1e-3
+    assert found["max_abs_logit_difference"] <= found["tolerance"] <= 0.01 * found["adapter_effect"]
+
+
 MIXTRAL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512)
 

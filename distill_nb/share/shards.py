@@ -12,7 +12,7 @@ __all__ = ['PACKED', 'TORCH_NAMES', 'FLOATS', 'DTYPE_NAMES', 'HALF_STEP', 'SUMS'
            'check_sums']
 
 # %% ../../nbs/36_share.shards.ipynb #s003
-import hashlib, json, shutil
+import hashlib, json, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -360,6 +360,7 @@ class Base:
     parts: set[str]  # names in the file that become part of a larger weight
     places: dict[str, str]  # name in the model: name in the file; not of parts
     known: dict[str, list[str]]  # every weight of the model: all names of it
+    computed: set[str]  # weights that the model can make itself where no file has them, such as sines of positions
     ends: set[str]  # names of the embedding and of the head
     through: dict[str, bool]  # weights that go through 4 bits; whether they are turned
     dtype: str  # the format in which they are packed
@@ -378,6 +379,9 @@ def open_base(
 )->Base:
     "Find each weight of a model in its files; tied ones under whichever name they have there"
     checkpoint, known = Checkpoint(folder), tied_names(model)
+    patterns, buffers = model._keys_to_ignore_on_load_missing or [], model.state_dict().keys() - known.keys()
+    computed = buffers | {n for n in known if any(re.search(pattern, n) for pattern in patterns)}
+    known |= {name: [name] for name in buffers}
     names, parts = model_names(model, checkpoint.names)
     places = {new: old for old, new in names.items() if old not in parts}
     for name, same in known.items():
@@ -385,7 +389,7 @@ def open_base(
         if there: places.setdefault(name, places[there])
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     ends = {f"{n}.weight" for n, m in model.named_modules() if any(m is end for end in ends)}
-    return Base(checkpoint, names, parts, places, known, ends, through or {}, dtype)
+    return Base(checkpoint, names, parts, places, known, computed, ends, through or {}, dtype)
 
 # %% ../../nbs/36_share.shards.ipynb #s064
 def untied(
@@ -403,7 +407,7 @@ def check_complete(
 ):
     "See that every weight of the model is there. Raises `DistillError`"
     there = {*base.names.values(), *whole}
-    lost = sorted(name for name, same in base.known.items() if not there & set(same))
+    lost = sorted(name for name, same in base.known.items() if not there & set(same) and name not in base.computed)
     if not lost: return
     raise DistillError(f"{base.checkpoint.folder}: {len(lost)} weights are not in its files, such as {lost[0]}")
 
