@@ -409,7 +409,8 @@ def check_models(
     "See that models can be had, are whole, and fit the stage. Raises `DistillError`"
     for spec in leaves(getattr(params, name), (ModelSpec,)):
         if pointers(spec): continue
-        check_model(spec, getattr(params, "task", "chat"), getattr(params, "max_length", None), params.families, weights)
+        longest = getattr(params, "max_length", None)
+        check_model(spec, getattr(params, "task", "chat"), longest, params.families, weights)
 
 # %% ../../nbs/61_run.check.ipynb #c029c
 def check_inputs(
