@@ -244,9 +244,9 @@ def wheel_contents(project: Path, out: Path) -> set[str]:
 
 def test_wheel_holds_the_notebooks(copy, tmp_path):
     packed = [f for f in repository_files() if f.parent == Path("nbs") and f.suffix == ".ipynb" and f.name != "index.ipynb"]
-    packed += [f for f in repository_files() if f.parent == Path("nbs/recipes") and f.suffix == ".yaml"]
-    packed += [f for f in repository_files() if f.parent in (Path("nbs/prompts"), Path("nbs/data"))]
-    assert {f.parent.name for f in packed} >= {"nbs", "recipes", "prompts"}
+    folders = {Path("nbs/recipes"), Path("nbs/prompts"), Path("nbs/configs")}
+    packed += [f for f in repository_files() if f.parent in folders]
+    assert {f.parent for f in packed} == {Path("nbs"), *folders}
     packed += [f for f in repository_files() if f.parts[0] == "distill_nb"]
     expected = {f.as_posix() if f.parts[0] == "distill_nb" else f"distill_nb/{f.as_posix()}" for f in packed}
 
