@@ -85,8 +85,8 @@ def shape_of(
     labels = None
     if student_family(profile(spec).family, params.task, spec.name).name == "classifier":
         labels = len(head_names(find_classes(rows, params.classes)))
-    quantize = "4bit" if method_of(params, plan) == "qlora" else None
-    return profile(spec, params.lora_targets, labels).model_copy(update={"quantize": quantize})
+    shape = profile(spec, params.lora_targets, labels)
+    return shape.model_copy(update={"quantize": "4bit"}) if method_of(params, plan) == "qlora" else shape
 
 def decided(
     params:SftParams, # with `auto` where the machine is to choose

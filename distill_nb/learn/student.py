@@ -279,8 +279,7 @@ def load_with_peft(
     if method != "full":
         model = get_peft_model(model, LoraConfig(
             r=params.lora_r, lora_alpha=params.lora_alpha, lora_dropout=params.lora_dropout,
-            target_modules=lora_targets(model, params.lora_targets), modules_to_save=head_modules(model) or None,
-            task_type=loaded.family.peft_task))
+            task_type=loaded.family.peft_task, **adapter_settings(model, params.lora_targets)))
     set_attention(loaded.model, params.attention, plan)
     return dataclasses.replace(loaded, model=model.train())
 

@@ -218,7 +218,7 @@ def decide_training(
     "Choose micro_batch and gradient_checkpointing by the estimate of memory"
     length, method = min(length or params.max_length, params.max_length), method_of(params, plan)
     shape = shape or profile(params.model, params.lora_targets)
-    shape = shape.model_copy(update={"quantize": "4bit" if method == "qlora" else None})
+    if method == "qlora": shape = shape.model_copy(update={"quantize": "4bit"})
     rank, again = None if method == "full" else params.lora_r, params.gradient_checkpointing
     more = dict(devices=process_rank()[1], targets=params.lora_targets, dropout=params.lora_dropout)
     if isinstance(params.micro_batch, int):

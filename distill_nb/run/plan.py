@@ -326,7 +326,8 @@ def plan_lines(
     if "model" in row:
         size, trained = row.get("parameters"), row.get("trainable")
         counts = [f"{size:,} parameters"] if size else []
-        if trained: counts.append(f"{trained:,} trained ({trained/size:.1%})")
+        whole = size if trained == size else (size or 0) + (trained or 0)  # what is trained lies beside the model
+        if trained: counts.append(f"{trained:,} trained ({trained/whole:.2%})")
         yield f"    {row['model']}: {', '.join([*counts, row['dtype']])}"
     if "peak" in row: yield from memory_lines(row, hardware.hardware)
     if "tokens" in row: yield f"    teacher tokens: at most {row['tokens']:,}; price: {row['price']}"
