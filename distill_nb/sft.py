@@ -263,7 +263,7 @@ def summarize(
         best = min(checks, key=lambda p: p["eval_loss"])
         measures = {k.removeprefix("eval_"): v for k, v in best.items() if k.startswith("eval_")}
         found |= {"best step": best["step"]} | {f"validation {k}": round(v, 4) for k, v in measures.items()}
-    sizes = {name: result["student"][name] for name in ("trainable", "parameters")}
+    sizes = {name: result["student"][name] for name in ("trainable", "parameters", "bytes", "quantize")}
     sizes |= {"micro-batch": result["micro"], "peak memory, GiB": round(result["memory"] / GiB, 2)}
     changes = {"changes": result["changes"]} if result["changes"] else {}
     return found | sizes | changes
