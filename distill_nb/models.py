@@ -15,12 +15,14 @@ __all__ = ['SMOLLM2', 'MINILM', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FI
            'drop_layers', 'shrink', 'FeedForward', 'is_transposed', 'feed_forwards', 'expert_blocks', 'keep_numbers',
            'drop_units', 'byte_tokenizer', 'tiny_model', 'torn', 'read_header', 'check_shards', 'check_weights',
            'read_tokenizer', 'load_tokenizer', 'quantization', 'stored_quantization', 'check_loading', 'Loaded',
-           'load_weights', 'unit_scores', 'load_model', 'folder_classes', 'load_adapted', 'free', 'linear_layers',
-           'expert_names', 'name_ends', 'wanted_names', 'head_modules', 'lora_targets', 'adapter_settings',
-           'lora_parameters', 'count_head', 'Profile', 'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers',
-           'stored_scores', 'describe_model', 'roles_taken', 'describe_tokenizer', 'shipped_tokenizer', 'keep_profile',
-           'source_key', 'tokenizer_profile', 'profile_source', 'profile', 'describe_profile', 'hub_copy', 'check_hub',
-           'check_files', 'check_tokenizer', 'check_model']
+           'load_weights', 'unit_scores', 'load_model', 'folder_classes', 'load_adapted', 'free', 'merged_on_the_way',
+           'basic_tokens', 'tokens_to_keep', 'renumber_ids', 'renumber_marks', 'cut_tokenizer', 'check_vocabulary',
+           'keep_rows', 'shrink_vocabulary', 'linear_layers', 'expert_names', 'name_ends', 'wanted_names',
+           'head_modules', 'lora_targets', 'adapter_settings', 'lora_parameters', 'count_head', 'Profile',
+           'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores', 'describe_model',
+           'roles_taken', 'describe_tokenizer', 'shipped_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile',
+           'profile_source', 'profile', 'describe_profile', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer',
+           'check_model']
 
 # %% ../nbs/06_models.ipynb #c003
 import contextlib, functools, importlib.metadata, json, os, shutil, subprocess, sys, zipfile
@@ -1025,6 +1027,154 @@ def free(
     if not getattr(model, "is_quantized", False): model.to("meta")
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+# %% ../nbs/06_models.ipynb #c029b
+def merged_on_the_way(
+    token:str, # of a BPE vocabulary
+    ranks:dict[tuple[str, str], int], # each merge's place
+)->set[str]: # single characters, and what they are merged to one by one
+    "Every token that BPE passes through before it arrives at one"
+    parts, passed = list(token), set(token)
+    while True:
+        pairs = list(zip(parts, parts[1:]))
+        first = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)), default=None)
+        if first is None or pairs[first] not in ranks: return passed
+        parts[first:first + 2] = ["".join(pairs[first])]
+        passed.add(parts[first])
+
+def basic_tokens(
+    model:dict, # of tokenizer.json
+)->set[str]: # bytes, and single characters
+    "The tokens that any text can be written in"
+    byte = {f"<0x{i:02X}>" for i in range(256)}
+    if model["type"] == "BPE" and byte <= model["vocab"].keys():  # then other characters are written as bytes
+        return byte | {t for t in model["vocab"] if len(t) == 1 and (t.isascii() or t == "▁")}
+    start = model.get("continuing_subword_prefix") or ""
+    return {t for t in model["vocab"] if len(t.removeprefix(start)) == 1}
+
+
+# %% ../nbs/06_models.ipynb #c029c
+def tokens_to_keep(
+    book:dict, # tokenizer.json
+    used:set[int], # ids of tokens that the texts are read as
+)->dict[int, int]: # old id: new id, in the old order
+    "What a tokenizer needs to read the same texts as before, and any other"
+    model, added = book["model"], {t["id"] for t in book["added_tokens"]}
+    vocab = model["vocab"]
+    tokens = basic_tokens(model) | {t for t in [model["unk_token"]] if t in vocab}
+    if model["type"] == "BPE":
+        ranks = {tuple(pair): i for i, pair in enumerate(model["merges"])}
+        words = [t for t, i in vocab.items() if i in used - added and t not in tokens]
+        tokens |= set().union(*(merged_on_the_way(t, ranks) for t in words)) & vocab.keys()
+    return {old: new for new, old in enumerate(sorted(used | added | {vocab[t] for t in tokens}))}
+
+def renumber_ids(
+    settings:dict, # a configuration's
+    ids:dict[int, int], # old id: new id
+)->dict: # such as eos_token_id: what is to be changed
+    "The special tokens of a configuration; one that the tokenizer does not have becomes none"
+    named = {n: old for n, old in settings.items() if n.endswith("_token_id") and old is not None}
+    def renumbered(old): return [ids[i] for i in old if i in ids] if isinstance(old, list) else ids.get(old)
+    return {name: renumbered(old) for name, old in named.items()}
+
+
+# %% ../nbs/06_models.ipynb #c029d
+def renumber_marks(
+    processor:dict|None, # what tokenizer.json puts around a text; changed in place
+    ids:dict[int, int], # old id: new id
+):
+    "Renumber the special tokens around a text"
+    for part in (processor or {}).get("processors", [processor or {}]):
+        for mark in part.get("special_tokens", {}).values(): mark["ids"] = [ids[i] for i in mark["ids"]]
+        for side in {"sep", "cls"} & part.keys(): part[side][1] = ids[part[side][1]]
+
+def cut_tokenizer(
+    tokenizer:"PreTrainedTokenizerBase", # a fast one
+    ids:dict[int, int], # old id: new id
+)->"PreTrainedTokenizerBase": # another one
+    "Make a tokenizer that has only some of its tokens"
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        file, settings = Path(folder)/"tokenizer.json", Path(folder)/"tokenizer_config.json"
+        book = read_json(file)
+        model = book["model"]
+        model["vocab"] = {t: ids[i] for t, i in model["vocab"].items() if i in ids}
+        if model["type"] == "BPE":
+            model["merges"] = [m for m in model["merges"] if {*m, "".join(m)} <= model["vocab"].keys()]
+        for token in book["added_tokens"]: token["id"] = ids[token["id"]]
+        if book.get("padding"): book["padding"]["pad_id"] = ids[book["padding"]["pad_id"]]
+        renumber_marks(book["post_processor"], ids)
+        write_json(file, book)
+        write_json(settings, read_json(settings) | renumber_ids(read_json(settings), ids))
+        return read_tokenizer(ModelSpec(name=folder), folder)
+
+
+# %% ../nbs/06_models.ipynb #c029f
+def check_vocabulary(
+    loaded:Loaded, # a whole model
+):
+    "See that a vocabulary can be cut. Raises `DistillError` that says what is in the way"
+    name, rows = type(loaded.tokenizer).__name__, loaded.model.get_input_embeddings().weight.shape[0]
+    fast = getattr(loaded.tokenizer, "backend_tokenizer", None)
+    if fast is None: raise DistillError(f"vocabulary: {name} is no fast tokenizer: it has no tokenizer.json to cut")
+    model = json.loads(fast.to_str())["model"]
+    ends = model["type"] == "BPE" and (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
+    if model["type"] not in ("BPE", "WordPiece") or ends:
+        kind = "BPE with marked ends of words" if ends else model["type"]
+        raise DistillError(f"vocabulary: {name} is of the kind {kind}; only BPE and WordPiece can be cut")
+    if loaded.quantize or hasattr(loaded.model, "peft_config"):
+        raise DistillError("vocabulary: cut the model while it is whole: before it is quantised, or after a merge")
+    if loaded.family.name == "seq2seq": raise DistillError("vocabulary: a seq2seq model's cannot be cut")
+    if len(loaded.tokenizer) > rows:
+        raise DistillError(f"vocabulary: the tokenizer has {len(loaded.tokenizer):,} tokens, the embedding {rows:,}")
+
+
+# %% ../nbs/06_models.ipynb #c029f2
+def keep_rows(
+    model:"PreTrainedModel", # changed in place
+    ids:dict[int, int], # old id: new id, in the old order
+):
+    "Keep some rows of the embedding and of the head"
+    import torch
+    kept, embedding, head = torch.tensor(list(ids)), model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    weight = embedding.weight
+    embedding.weight = torch.nn.Parameter(weight.data[kept.to(weight.device)], weight.requires_grad)
+    embedding.num_embeddings, embedding.padding_idx = len(kept), ids.get(embedding.padding_idx)
+    if head is not None:
+        keep_numbers(head, kept, made=True)
+        if tied: head.weight = embedding.weight
+        model.set_output_embeddings(head)  # BERT has its bias in two places
+    model.config.get_text_config().vocab_size = len(kept)
+    if hasattr(model, "vocab_size"): model.vocab_size = len(kept)
+    configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+    for config in {id(c): c for c in configs if c is not None}.values():  # the first two are mostly one
+        for name, new in renumber_ids(config.to_dict(), ids).items(): setattr(config, name, new)
+
+
+# %% ../nbs/06_models.ipynb #c029g
+def shrink_vocabulary(
+    loaded:Loaded, # a whole model; changed in place
+    texts:list[str], # whatever the model is to read and write as well as before, marks of turns included
+)->Loaded: # with another tokenizer
+    "Keep the tokens that texts need. Raises `DistillError` for a tokenizer or a model that cannot be cut"
+    if not any(texts): raise DistillError("vocabulary: there are no texts to find the tokens in")
+    check_vocabulary(loaded)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    with quiet(): before = tokenizer(list(texts)).input_ids
+    ids = tokens_to_keep(json.loads(tokenizer.backend_tokenizer.to_str()), {i for one in before for i in one})
+    smaller = cut_tokenizer(tokenizer, ids)
+    with quiet(): after = smaller(list(texts)).input_ids
+    differing = sum([ids[i] for i in old] != new for old, new in zip(before, after))
+    if differing: raise DistillError(f"vocabulary: the cut tokenizer would read {differing} of the texts differently")
+    keep_rows(model, ids)
+    shapes = {n: w.shape for n, w in meta_model(model.config, loaded.family).state_dict().items()}
+    wrong = [n for n, w in model.state_dict().items() if w.shape != shapes.get(n)]
+    if wrong:
+        raise DistillError(f"vocabulary: {type(model).__name__} has more than an embedding and a head: {wrong[0]}")
+    return Loaded(model, smaller, loaded.family, loaded.quantize)
+
 
 # %% ../nbs/06_models.ipynb #c035
 def linear_layers(

@@ -596,6 +596,115 @@ def test_packed_weights_are_not_cut_by_units(made):
         load_model(spec(made("llama3"), feed_forward=8, quantize="4bit"))
 
 
+# ---- a smaller vocabulary
+
+ASKED = ["What is the capital of France?", "the cat sat on the mat", "Two and two is four.\nyes"]
+OTHERS = ["আমার সোনার বাংলা", "🙂 👩‍🚀", "Zebras quiz: a dog lay in the sun!\n\n\tπ ≈ 3.14"]
+WHOLE_KINDS = ("llama3", "chatml", "gpt2", "mistral", "phi3", "gemma", "gemma3")
+
+
+def tokens_of(tokenizer, text): return tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+
+
+def logits_of(model, tokenizer, text):
+    with torch.no_grad(): return model(**{"input_ids": tokenizer(text, return_tensors="pt").input_ids}).logits[0]
+
+
+@pytest.mark.parametrize("kind", [*WHOLE_KINDS, "bert_mlm"])
+def test_a_smaller_vocabulary_reads_and_says_the_same_about_the_texts_it_was_made_for(made, kind, tmp_path):
+    loaded = load(made(kind))
+    head = loaded.model.get_output_embeddings()
+    if head.bias is not None: head.bias.data.uniform_(-1, 1)
+    whole, rows = loaded.tokenizer, head.weight.shape[0]
+    tied = head.weight is loaded.model.get_input_embeddings().weight
+    wanted = [(tokens_of(whole, text), logits_of(loaded.model, whole, text)) for text in ASKED]
+    smaller = models.shrink_vocabulary(loaded, ASKED)
+    models.save_model(smaller.model, smaller.tokenizer, tmp_path/"small")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path/"small")
+    model = getattr(transformers, loaded.family.auto).from_pretrained(tmp_path/"small").eval()
+    assert len(tokenizer) == model.config.vocab_size == model.get_input_embeddings().weight.shape[0] < rows
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    kept = whole.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    for now in (smaller, models.Loaded(model, tokenizer, loaded.family)):
+        for text, (tokens, logits) in zip(ASKED, wanted, strict=True):
+            assert tokens_of(now.tokenizer, text) == tokens
+            assert torch.allclose(logits_of(now.model, now.tokenizer, text), logits[:, kept], atol=1e-5)
+    load(tmp_path/"small"), check_model(spec(tmp_path/"small"), families=(loaded.family.name,))
+
+
+@pytest.mark.parametrize("kind", WHOLE_KINDS)
+def test_any_other_text_can_still_be_written_in_a_smaller_vocabulary(made, kind):
+    loaded = load(made(kind))
+    whole, before = loaded.tokenizer, len(loaded.tokenizer)
+    smaller = models.shrink_vocabulary(loaded, ["the cat"]).tokenizer
+    assert len(smaller) < before
+    for text in OTHERS:
+        read_back = [t.decode(t.encode(text, add_special_tokens=False)) for t in (whole, smaller)]
+        assert read_back == [text, text]
+
+
+@pytest.mark.parametrize("kind", ["llama3", "phi3", "gemma3", "gpt2", "bert_mlm"])
+def test_special_tokens_keep_their_meaning_under_their_new_numbers(copied, kind, tmp_path):
+    folder = copied(kind)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    last = tokenizer.add_tokens(["<|late|>"], special_tokens=True) and tokenizer.convert_tokens_to_ids("<|late|>")
+    loaded = load(folder)
+    loaded.tokenizer.add_tokens(["<|late|>"], special_tokens=True)
+    loaded.model.resize_token_embeddings(last + 5)  # some rows more than tokens, as Qwen2 has
+    loaded.model.config.pad_token_id = last
+    if loaded.family.generates: loaded.model.generation_config.eos_token_id = [last, 9999]
+    named = {n: i for n, i in loaded.model.config.to_dict().items() if n.endswith("_token_id") and i is not None}
+    def names(tokenizer, ids): return [tokenizer.convert_ids_to_tokens(i) for i in ids]
+    before, special = names(loaded.tokenizer, named.values()), loaded.tokenizer.special_tokens_map
+    smaller = models.shrink_vocabulary(loaded, ASKED)
+    models.save_model(smaller.model, smaller.tokenizer, tmp_path/"small")
+    config = AutoConfig.from_pretrained(tmp_path/"small").to_dict()
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path/"small")
+    assert names(again, [config[n] for n in named]) == before and again.special_tokens_map == special
+    assert config["pad_token_id"] == again.convert_tokens_to_ids("<|late|>") == config["vocab_size"] - 1
+    if loaded.family.generates: assert smaller.model.generation_config.eos_token_id == [config["pad_token_id"]]
+
+
+def test_a_token_stays_with_every_merge_on_its_way():
+    ranks = {("b", "c"): 0, ("a", "b"): 1, ("a", "bc"): 2, ("ab", "c"): 3}
+    assert models.merged_on_the_way("abc", ranks) == {"a", "b", "c", "bc", "abc"}
+    assert models.merged_on_the_way("abd", ranks) == {"a", "b", "d", "ab"}
+    assert models.merged_on_the_way("a", {}) == {"a"}
+
+
+def test_the_marks_of_a_template_are_renumbered_in_every_form_of_them():
+    marks = {"processors": [{"special_tokens": {"<s>": {"ids": [7]}}}, {"sep": ["</s>", 9], "cls": ["<s>", 7]}]}
+    models.renumber_marks(marks, {7: 0, 9: 1})
+    assert marks == {"processors": [{"special_tokens": {"<s>": {"ids": [0]}}}, {"sep": ["</s>", 1], "cls": ["<s>", 0]}]}
+    models.renumber_marks(None, {})
+
+
+def test_a_vocabulary_that_cannot_be_cut_is_refused_before_anything_changes(made, adapter):
+    def refused(said, loaded, texts=ASKED):
+        before = loaded.model.get_input_embeddings().weight.shape
+        with pytest.raises(DistillError, match=said): models.shrink_vocabulary(loaded, texts)
+        assert loaded.model.get_input_embeddings().weight.shape == before
+    for nothing in ([], [""]): refused("there are no texts", load(made("llama3")), nothing)
+    refused("T5Tokenizer is of the kind Unigram; only BPE and WordPiece", load(made("t5")))
+    refused("before it is quantised, or after a merge", load(adapter))
+    packed = load(made("llama3"))
+    packed.quantize = "4bit"
+    refused("before it is quantised", packed)
+    slow = load(made("llama3"))
+    slow.tokenizer = type("SlowTokenizer", (), {})()
+    refused("SlowTokenizer is no fast tokenizer", slow)
+    longer = load(made("llama3"))
+    longer.tokenizer.add_tokens(["more"])
+    refused("the tokenizer has 382 tokens, the embedding 381", longer)
+
+
+def test_a_model_with_a_third_table_of_its_tokens_is_named(made):
+    loaded = load(made("llama3"))
+    loaded.model.model.register_buffer("seen", torch.zeros(381))
+    with pytest.raises(DistillError, match="LlamaForCausalLM has more than an embedding and a head: model.seen"):
+        models.shrink_vocabulary(loaded, ASKED)
+
+
 # ---- what LoRA adapts
 
 def linear_size(config, kind):
