@@ -21,8 +21,7 @@ __all__ = ['SMOLLM2', 'MINILM', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FI
            'head_modules', 'lora_targets', 'adapter_settings', 'lora_parameters', 'count_head', 'Profile',
            'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores', 'describe_model',
            'roles_taken', 'describe_tokenizer', 'shipped_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile',
-           'profile_source', 'profile', 'describe_profile', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer',
-           'check_model']
+           'profile_source', 'profile', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer', 'check_model']
 
 # %% ../nbs/06_models.ipynb #c003
 import contextlib, functools, importlib.metadata, json, os, shutil, subprocess, sys, zipfile
@@ -1505,19 +1504,6 @@ def profile(
     cut = [spec.layers, {"feed_forward": spec.feed_forward}] if spec.feed_forward else [spec.layers]
     shape = keep_profile(["model", key, *cut, *(wanted or []), *([labels] if labels else [])], measure)
     return Profile(**shape | tokenizer_profile(spec, path) | {"quantize": spec.quantize or shape["quantize"]})
-
-
-# %% ../nbs/06_models.ipynb #c036n
-def describe_profile(
-    model:Profile, # from `profile`
-    needs:dict, # an estimate of 19_memory: trainable, weights and peak, where it has them
-)->dict: # for a manifest: JSON
-    "A model in a few numbers"
-    trained = needs.get("trainable", 0)
-    whole = model.parameters if trained >= model.parameters else model.parameters + trained
-    facts = {k: getattr(model, k) for k in ("model_type", "family", "layers", "parameters", "quantize")}
-    return facts | {"trainable": trained, "trainable_share": round(trained / whole, 4), "bytes": needs.get("weights"),
-                    "peak_memory_bytes": needs.get("peak")}
 
 
 # %% ../nbs/06_models.ipynb #c042a
