@@ -8,7 +8,7 @@ __all__ = ['visible_gpus', 'count_devices', 'accelerate_config', 'launch_command
            'end_processes', 'launch_once', 'launch']
 
 # %% ../../nbs/24_learn.launch.ipynb #h003
-import importlib, os, re, shutil, signal, subprocess, sys, threading, time, traceback
+import contextlib, importlib, os, re, shutil, signal, subprocess, sys, threading, time, traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
