@@ -162,6 +162,9 @@ MISTAKES = {  # what is done to the recipe, and what must be said
 }
 
 
+OF_WEIGHTS = {"a model that only the hub could have"}  # a run misses the weights, a plan the shape
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gives_one_sentence_and_nothing_runs(mistake, here, model, capsys, monkeypatch):
     change, expected = MISTAKES[mistake]
@@ -170,7 +173,9 @@ def test_a_mistake_gives_one_sentence_and_nothing_runs(mistake, here, model, cap
     for fragment in expected: assert fragment in lines[0]
     assert len(lines) == 1, "one mistake, and more than one is reported:\n" + "\n".join(lines)
     assert len(lines[0]) < 500, "too long to be read"
-    assert lines == refused(capsys, monkeypatch, here, "plan", "recipe.yaml"), "plan says something else"
+    planned = refused(capsys, monkeypatch, here, "plan", "recipe.yaml")
+    if mistake in OF_WEIGHTS: assert all(fragment in planned[0] for fragment in expected), "plan says something else"
+    else: assert lines == planned, "plan says something else"
 
 
 def test_the_tiny_recipe_itself_has_no_mistake(here, model):
