@@ -7,7 +7,7 @@ __all__ = ['MARK', 'NO_ROOM', 'UNREADABLE', 'KEPT_FROM', 'GRAIN', 'SecretName', 
            'atomic_path', 'saving', 'write_text', 'find_nan', 'to_json', 'write_json', 'text_file', 'jsonl_writer',
            'write_jsonl', 'read_json', 'read_line', 'open_text', 'iter_jsonl', 'read_jsonl', 'json_value', 'frame_rows',
            'iter_memory', 'digest', 'digest_rows', 'list_files', 'public_name', 'sha256_file', 'file_stamp',
-           'file_digest', 'lock', 'platform_name', 'cache_dir', 'secret', 'hub_token', 'without_password',
+           'file_digest', 'lock', 'platform_name', 'cache_dir', 'secret', 'hub_token', 'hub_api', 'without_password',
            'hub_repository', 'at_place', 'Place', 'package_dir', 'shipped_dir']
 
 # %% ../nbs/01_core.ipynb #c003
@@ -368,6 +368,12 @@ def hub_token()->str|None:
     token = secret("HF_TOKEN")
     return token.get_secret_value() if token else None
 
+def hub_api():
+    "The hub's client, with the person's token"
+    from huggingface_hub import HfApi
+    return HfApi(token=hub_token())
+
+
 # %% ../nbs/01_core.ipynb #c045c
 def without_password(
     text:str, # may hold addresses such as ftp://me:password@host
@@ -406,9 +412,8 @@ class Place:
         self.url, self.hub, self.below = url, hub_repository(url), folder
         with at_place(url):
             if self.hub:
-                from huggingface_hub import HfApi
                 kind, name, path = self.hub
-                HfApi(token=hub_token()).create_repo(name, repo_type=kind, private=True, exist_ok=True)
+                hub_api().create_repo(name, repo_type=kind, private=True, exist_ok=True)
                 url = f"hf://{kind}s/{name}/{path}".replace("hf://models/", "hf://").rstrip("/")
             options = {"token": hub_token()} if url.startswith("hf://") else {}
             self.fs, path = fsspec.core.url_to_fs(url, **options)
@@ -464,12 +469,12 @@ def _remove(self:Place, names:list[str]):
 
 @patch
 def _commit(self:Place, files:dict[str, Path], remove:Iterable[str]):
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     kind, repository, folder = self.hub
     def there(name): return "/".join(part for part in (folder, self.below, name) if part)
     operations = [CommitOperationDelete(there(name)) for name in remove if name not in files]
     operations += [CommitOperationAdd(there(name), str(file)) for name, file in files.items()]
-    HfApi(token=hub_token()).create_commit(repository, operations, commit_message="Copy", repo_type=kind)
+    hub_api().create_commit(repository, operations, commit_message="Copy", repo_type=kind)
 
 
 # %% ../nbs/01_core.ipynb #c047

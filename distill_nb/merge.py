@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Params', 'HUB_FILES', 'MEASURED', 'PIPELINES', 'MergeParams', 'Source', 'find_adapter', 'base_on_disk',
-           'head_of_adapter', 'open_source', 'choices', 'saved_dtype', 'hub_api', 'check_push', 'push_model', 'fits',
-           'load_trained', 'hollow_source', 'from_disk', 'unmerged_logits', 'write_companions', 'ends_of',
-           'write_merged', 'merged_logits', 'prove', 'try_merges', 'proof_table', 'proof_sentences', 'stage_above',
-           'known_origin', 'origin_parts', 'model_card', 'finish_model']
+           'head_of_adapter', 'open_source', 'choices', 'saved_dtype', 'check_push', 'push_model', 'fits', 'with_work',
+           'load_trained', 'hollow_source', 'from_disk', 'unmerged_logits', 'write_companions', 'write_merged',
+           'merged_logits', 'prove', 'try_merges', 'proof_table', 'proof_sentences', 'stage_above', 'known_origin',
+           'origin_parts', 'model_card', 'finish_model']
 
 # %% ../nbs/38_merge.ipynb #c005
 import shutil
@@ -25,6 +25,7 @@ from .data import *
 from .families import *
 from .models import *
 from .tables import *
+from .generate import *
 from .memory import *
 from .share.proof import *
 from .share.shards import *
@@ -102,13 +103,7 @@ def base_on_disk(
     scratch:Path, # a folder for a base that has to be made
 )->Path: # a folder with safetensors
     "The files of a base: where they are, from the hub, or written once where it was cut out of a larger model"
-    if base.layers:
-        if not (scratch/"config.json").exists():
-            whole = load_model(base.model_copy(update={"quantize": None}), dtype="float32")
-            save_model(whole.model, whole.tokenizer, scratch.with_name(f"{scratch.name}.tmp"))
-            scratch.with_name(f"{scratch.name}.tmp").rename(scratch)
-            free(whole.model)
-        return scratch
+    if base.is_cut: return write_cut(base, scratch)
     kind, path = locate_model(base)
     if kind == "adapter": raise DistillError(f"{base.name}: is an adapter itself: merge it first, and train on that")
     if Path(path).is_dir(): return Path(path)
@@ -169,11 +164,6 @@ def saved_dtype(
     return "float32" if parameters < 500_000_000 else plan.dtype
 
 # %% ../nbs/38_merge.ipynb #c014a
-def hub_api():
-    "The hub's client, with the person's token"
-    from huggingface_hub import HfApi
-    return HfApi(token=hub_token())
-
 def check_push(
     repository:str, # owner/name
     private:bool, # whether only its owner may see it
@@ -221,7 +211,13 @@ def fits(
     import psutil
     room = plan.hardware.memory
     if plan.hardware.device == "cpu": room = min(room, psutil.virtual_memory().available)
-    return 1.2 * parameters * DTYPE_BYTES[dtype] + GiB < room
+    return with_work(parameters * DTYPE_BYTES[dtype]) < room
+
+def with_work(
+    weights:float, # bytes
+)->float: # bytes
+    "What a loaded model takes, with room for its work"
+    return 1.2 * weights + GiB
 
 def load_trained(
     source:Source, # what is merged
@@ -306,18 +302,11 @@ def write_companions(
         settings = GenerationConfig.from_model_config(config)
         known = source.base_folder/"generation_config.json"
         if known.exists(): settings = GenerationConfig.from_pretrained(known.parent)
-        settings.eos_token_id = ends_of(settings.eos_token_id, source.tokenizer)
+        ends = end_ids(settings.eos_token_id, source.tokenizer, source.family.name == "causal")
+        settings.eos_token_id = ends[0] if len(ends) == 1 else ends or None
         if settings.pad_token_id is None: settings.pad_token_id = source.tokenizer.pad_token_id
         settings.save_pretrained(folder)
 
-def ends_of(
-    known:int|list[int]|None, # what ends a text, as the base says
-    tokenizer:Any, # with a chat template
-)->list[int]|int|None: # with what ends an answer
-    "The tokens that end an answer"
-    found = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id, end_of_turn(tokenizer)]
-    ids = list(dict.fromkeys(i for i in found if i is not None))
-    return ids[0] if len(ids) == 1 else ids or None
 
 # %% ../nbs/38_merge.ipynb #c017b
 def write_merged(
@@ -426,11 +415,11 @@ def estimate(self:MergeParams, plan, rows, origin):
     logits = 6 * self.proof_rows * POSITIONS * model.vocab_size * 4
     runtime, held = RUNTIME_BYTES[plan.hardware.device], weight_bytes(model, spec.quantize or dtype)
     whole = model.parameters * DTYPE_BYTES[dtype]
-    fit = 1.2 * max(whole, held) + GiB < plan.hardware.memory
+    fit = with_work(max(whole, held)) < plan.hardware.memory
     peak = (max(whole, held) if fit else held if spec.quantize else 0) + width + layer + logits + runtime
     gpu = plan.hardware.device != "cpu"
     main = int(3 * width // 2 + layer + GiB) if gpu else int(peak)
-    cut = 4 if spec.layers else 0  # the smaller base is written in fp32 first
+    cut = 4 if spec.is_cut else 0  # the smaller base is written in fp32 first
     disk = int(whole + model.parameters * (cut + sum(map(GGUF_WIDTH.get, self.gguf))))
     return {"model": f"of {self.adapter}", "parameters": model.parameters, "dtype": dtype, "peak": int(peak),
             "phases": {"load": {"gpu": int(peak) if gpu else 0, "main": main, "disk": disk},

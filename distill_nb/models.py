@@ -15,13 +15,14 @@ __all__ = ['SMOLLM2', 'MINILM', 'PYPI_MODELS', 'MARKS', 'HUB_OWNERS', 'CONFIG_FI
            'drop_layers', 'shrink', 'FeedForward', 'is_transposed', 'feed_forwards', 'expert_blocks', 'keep_numbers',
            'drop_units', 'byte_tokenizer', 'tiny_model', 'torn', 'read_header', 'check_shards', 'check_weights',
            'read_tokenizer', 'load_tokenizer', 'quantization', 'stored_quantization', 'check_loading', 'Loaded',
-           'load_weights', 'unit_scores', 'load_model', 'folder_classes', 'load_adapted', 'free', 'merged_on_the_way',
-           'basic_tokens', 'tokens_to_keep', 'renumber_ids', 'renumber_marks', 'cut_tokenizer', 'check_vocabulary',
-           'keep_rows', 'shrink_vocabulary', 'linear_layers', 'expert_names', 'name_ends', 'wanted_names',
-           'head_modules', 'lora_targets', 'adapter_settings', 'lora_parameters', 'count_head', 'Profile',
-           'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores', 'describe_model',
-           'roles_taken', 'describe_tokenizer', 'shipped_tokenizer', 'keep_profile', 'source_key', 'tokenizer_profile',
-           'profile_source', 'profile', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer', 'check_model']
+           'load_weights', 'unit_scores', 'load_model', 'folder_classes', 'load_adapted', 'free', 'write_cut',
+           'merged_on_the_way', 'basic_tokens', 'tokens_to_keep', 'renumber_ids', 'renumber_marks', 'cut_tokenizer',
+           'check_vocabulary', 'keep_rows', 'shrink_vocabulary', 'linear_layers', 'expert_names', 'name_ends',
+           'wanted_names', 'head_modules', 'lora_targets', 'adapter_settings', 'lora_parameters', 'count_head',
+           'Profile', 'longest_text', 'cache_sizes', 'layer_counts', 'passing_numbers', 'stored_scores',
+           'describe_model', 'roles_taken', 'describe_tokenizer', 'shipped_tokenizer', 'keep_profile', 'source_key',
+           'tokenizer_profile', 'profile_source', 'profile', 'hub_copy', 'check_hub', 'check_files', 'check_tokenizer',
+           'check_model']
 
 # %% ../nbs/06_models.ipynb #c003
 import contextlib, functools, importlib.metadata, json, os, shutil, subprocess, sys, zipfile
@@ -1026,6 +1027,21 @@ def free(
     if not getattr(model, "is_quantized", False): model.to("meta")
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
+def write_cut(
+    spec:ModelSpec, # with `layers` or `feed_forward`
+    folder:Path, # where to; what is there already is taken
+    **head, # of `load_model`, such as labels
+)->Path: # the folder, which appears when it is whole
+    "Cut a smaller model out of a larger one, once, in fp32"
+    if (folder/"config.json").exists(): return folder
+    whole = load_model(spec.model_copy(update={"quantize": None}), dtype="float32", **head)
+    partial = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(whole.model, whole.tokenizer, partial)
+    free(whole.model)
+    os.replace(partial, folder)
+    return folder
+
 
 # %% ../nbs/06_models.ipynb #c029b
 def merged_on_the_way(
@@ -1520,14 +1536,14 @@ def check_hub(
     spec:ModelSpec, # a hub model
 ):
     "See that the hub gives a model, or has given it. Raises `DistillError` that says what is in the way"
-    from huggingface_hub import HfApi, auth_check, errors
+    from huggingface_hub import auth_check, errors
     if folder := hub_copy(spec): return check_weights(folder)
     if not hub_reachable():
         raise DistillError(f"{spec.name}: its weights are not in the hub's cache, and the hub cannot be reached "
                            "(or HF_HUB_OFFLINE is set)")
     try:
         auth_check(spec.name, token=hub_token())
-        listed = HfApi(token=hub_token()).model_info(spec.name, revision=spec.revision).siblings
+        listed = hub_api().model_info(spec.name, revision=spec.revision).siblings
     except errors.GatedRepoError as e:
         unset = "" if hub_token() else " (not set now)"
         raise DistillError(f"{spec.name}: is gated: accept its licence on its page of the hub, and put a token of "

@@ -85,8 +85,7 @@ def shape_of(
     labels = None
     if student_family(profile(spec).family, params.task, spec.name).name == "classifier":
         labels = len(head_names(find_classes(rows, params.classes)))
-    shape = profile(spec, params.lora_targets, labels)
-    return shape.model_copy(update={"quantize": "4bit"}) if method_of(params, plan) == "qlora" else shape
+    return trained_shape(params, plan, spec, labels)
 
 def decided(
     params:SftParams, # with `auto` where the machine is to choose
@@ -107,14 +106,13 @@ def estimate(self:SftParams, plan, rows, origin):
     plan = plan_for_model(plan, shape.model_type)
     chosen, length = decided(self, plan, shape, rows)
     micro, again = chosen.micro_batch, chosen.gradient_checkpointing
-    rank = None if method_of(self, plan) == "full" else self.lora_r
-    more = {"targets": self.lora_targets, "dropout": self.lora_dropout}
-    need = training_memory(shape, plan, micro, length, rank, again, accumulating=micro < self.batch_size, **more)
+    more = adapter_sizes(self, plan) | {"checkpointing": again}
+    need = training_memory(shape, plan, micro, length, accumulating=micro < self.batch_size, **more)
     steps = f"{counted(count_steps(self, rows.counts['train']), 'step')} of {counted(self.batch_size, 'row')}"
     note = f"{steps}, {micro} at a time{', with gradient checkpointing' if again else ''}"
     dtype = shape.quantize or training_dtype(method_of(self, plan), plan)
     return {"model": f"student {self.model}", "dtype": dtype, "note": note,
-            "change": what_to_change(shape, plan, micro, length, rank, again, **more)} | need
+            "change": what_to_change(shape, plan, micro, length, **more)} | need
 
 
 # %% ../nbs/25_sft.ipynb #c024

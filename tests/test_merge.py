@@ -332,6 +332,15 @@ def test_a_student_that_was_cut_out_of_a_model_is_merged(base, tmp_path):
     assert read_json(tmp_path/"merged"/"config.json")["num_hidden_layers"] == 1
 
 
+def test_a_student_that_was_made_thinner_is_merged(base, tmp_path):
+    from distill_nb.models import write_cut
+    thin = ModelSpec(name=str(base), feed_forward=16)
+    adapter = adapt(tmp_path, write_cut(thin, tmp_path/"thin"))
+    write_json(adapter/"base.json", thin.model_dump())
+    merged(adapter, tmp_path/"merged")
+    assert read_json(tmp_path/"merged"/"config.json")["intermediate_size"] == 16
+
+
 def test_an_adapter_without_any_effect_is_said(base, tmp_path, capsys):
     "A fresh LoRA is zero: there is nothing to lose, and nothing was learnt"
     found = merged(adapt(tmp_path, base, std=0), tmp_path/"merged")

@@ -162,7 +162,7 @@ class Batches(Watch):
             rows = [mask_row(e, self.tokenizer, self.seed, self.epoch) for e in encoded]
         return collate(rows, FAMILIES["causal"], self.tokenizer)  # labels are there by now
 
-    def on_epoch_begin(self, args, state, control, **kw): self.epoch = int((state.epoch or 0) + 1e-6)
+    def on_epoch_begin(self, args, state, control, **kw): self.epoch = whole_epochs(state)
 
 
 # %% ../../nbs/23_learn.batches.ipynb #b031

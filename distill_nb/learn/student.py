@@ -207,15 +207,9 @@ def student_folder(
     if kind == "adapter":
         raise DistillError(f"model: {params.model.name}: is an adapter; merge it first, and train the merged model")
     if not params.model.is_cut: return path
-    if not (folder/"config.json").exists():
-        import torch
-        torch.manual_seed(params.seed)
-        whole = load_model(params.model.model_copy(update={"quantize": None}), dtype="float32", **head)
-        partial = folder.with_name("partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        save_model(whole.model, whole.tokenizer, partial)
-        os.replace(partial, folder)
-    return str(folder)
+    import torch
+    torch.manual_seed(params.seed)  # of a new head
+    return str(write_cut(params.model, folder, **head))
 
 
 # %% ../../nbs/22_learn.student.ipynb #s051

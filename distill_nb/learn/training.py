@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['REPORTERS', 'BUSY', 'MARKED', 'ASIDE', 'SKIPPED', 'LINES', 'TIMES', 'LearnerParams', 'ScheduleParams', 'BatchParams',
            'rows_a_device', 'TrainParams', 'check_reporters', 'check_optimizer', 'method_of', 'process_rank',
-           'wait_for_all', 'of_all', 'rows_a_pass', 'decide_training', 'count_steps', 'hardware_arguments',
-           'training_arguments', 'epoch_order', 'Watch', 'attach', 'EpochOrder', 'mark_checkpoint', 'read_mark',
-           'damage', 'steps_of', 'last_whole', 'checkpoint_place', 'copied_steps', 'best_checkpoint',
-           'send_checkpoints', 'sync_checkpoint', 'fetch_checkpoint', 'newer_checkpoint', 'last_checkpoint',
-           'validation_losses', 'is_best', 'is_stuck', 'Checkpoints', 'has_gradient', 'never_learnt', 'still_zero',
-           'not_learning', 'Gradients', 'diverged', 'check_numbers', 'check_log', 'loss_limit', 'has_exploded',
-           'Losses', 'process_start', 'deadline_of', 'Clock', 'ProgressLine', 'Trace', 'reports_inside', 'loss_curve',
-           'check_trained', 'TrainOutcome', 'take_up', 'is_over', 'fetch_best', 'keep_best_weights', 'watches',
-           'train_once', 'TryAgain', 'remembered', 'halve', 'too_large', 'free_memory', 'build_anew', 'run_training']
+           'wait_for_all', 'of_all', 'rows_a_pass', 'trained_shape', 'adapter_sizes', 'decide_training', 'count_steps',
+           'hardware_arguments', 'training_arguments', 'epoch_order', 'Watch', 'attach', 'whole_epochs', 'EpochOrder',
+           'mark_checkpoint', 'read_mark', 'damage', 'steps_of', 'last_whole', 'checkpoint_place', 'copied_steps',
+           'best_checkpoint', 'send_checkpoints', 'sync_checkpoint', 'fetch_checkpoint', 'newer_checkpoint',
+           'last_checkpoint', 'validation_losses', 'is_best', 'is_stuck', 'Checkpoints', 'has_gradient', 'never_learnt',
+           'still_zero', 'not_learning', 'Gradients', 'diverged', 'check_numbers', 'check_log', 'loss_limit',
+           'has_exploded', 'Losses', 'process_start', 'deadline_of', 'Clock', 'ProgressLine', 'Trace', 'reports_inside',
+           'loss_curve', 'check_trained', 'TrainOutcome', 'take_up', 'is_over', 'fetch_best', 'keep_best_weights',
+           'watches', 'train_once', 'TryAgain', 'remembered', 'halve', 'too_large', 'free_memory', 'build_anew',
+           'run_training']
 
 # %% ../../nbs/21_learn.training.ipynb #t002
 import contextlib, gc, importlib.util, json, math, os, random, re, shutil, statistics, time
@@ -209,6 +210,24 @@ def rows_a_pass(
     rows = rows_a_device(params.batch_size, process_rank()[1])
     return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, most))
 
+def trained_shape(
+    params:TrainParams, # method, layers of the adapter
+    plan:HardwarePlan, # the machine
+    spec:ModelSpec, # the model, or the one that it descends from
+    labels:int|None=None, # classes of a new head
+)->Profile:
+    "What is trained, for estimates: packed in 4 bits where it will be"
+    shape = profile(spec, params.lora_targets, labels)
+    return shape.model_copy(update={"quantize": "4bit"}) if method_of(params, plan) == "qlora" else shape
+
+def adapter_sizes(
+    params:TrainParams, # method, adapter
+    plan:HardwarePlan, # the machine
+)->dict: # lora_r (None: every weight), targets, dropout: as the estimates of 19_memory take them
+    "How large an adapter is"
+    rank = None if method_of(params, plan) == "full" else params.lora_r
+    return {"lora_r": rank, "targets": params.lora_targets, "dropout": params.lora_dropout}
+
 def decide_training(
     params:TrainParams, # with `auto` where the machine is to choose
     plan:HardwarePlan, # the machine
@@ -216,17 +235,16 @@ def decide_training(
     length:int|None=None, # tokens of the longest row; none: max_length
 )->TrainParams: # without
     "Choose micro_batch and gradient_checkpointing by the estimate of memory"
-    length, method = min(length or params.max_length, params.max_length), method_of(params, plan)
-    shape = shape or profile(params.model, params.lora_targets)
-    if method == "qlora": shape = shape.model_copy(update={"quantize": "4bit"})
-    rank, again = None if method == "full" else params.lora_r, params.gradient_checkpointing
-    more = dict(devices=process_rank()[1], targets=params.lora_targets, dropout=params.lora_dropout)
+    again = params.gradient_checkpointing
+    if "auto" not in (params.micro_batch, again): return params
+    length = min(length or params.max_length, params.max_length)
+    shape = shape or trained_shape(params, plan, params.model)
+    more = adapter_sizes(params, plan) | {"devices": process_rank()[1]}
     if isinstance(params.micro_batch, int):
-        need = training_memory(shape, plan, params.micro_batch, length, rank, again is True, **more)
-        too_much = need["peak"] > plan.hardware.memory
-        return params.model_copy(update={"gradient_checkpointing": too_much if again == "auto" else again})
+        need = training_memory(shape, plan, params.micro_batch, length, **more)
+        return params.model_copy(update={"gradient_checkpointing": need["peak"] > plan.hardware.memory})
     most = BUSY // length if plan.hardware.device == "cpu" else None
-    micro, need = fit_micro_batch(shape, plan, params.batch_size, length, rank, again, most=most, **more)
+    micro, need = fit_micro_batch(shape, plan, params.batch_size, length, checkpointing=again, most=most, **more)
     return params.model_copy(update={"micro_batch": micro, "gradient_checkpointing": need["checkpointing"]})
 
 
@@ -314,6 +332,12 @@ def attach(
     trainer.callback_handler.callbacks[1:1] = watches
 
 # %% ../../nbs/21_learn.training.ipynb #t023
+def whole_epochs(
+    state:Any, # a trainer's
+)->int: # the number of the epoch that has begun, from 0
+    "How many epochs are over"
+    return int((state.epoch or 0) + 1e-6)
+
 class EpochOrder(Watch):
     "The sampler of a trainer's rows: says them in the order of the epoch that has begun"
     epoch = 0
@@ -324,7 +348,7 @@ class EpochOrder(Watch):
         self.lengths = [len(ids) for ids in rows["input_ids"]] if params.group_by_length else None
         trainer._get_train_sampler = lambda dataset=None: self
 
-    def on_epoch_begin(self, args, state, control, **kw): self.epoch = int((state.epoch or 0) + 1e-6)
+    def on_epoch_begin(self, args, state, control, **kw): self.epoch = whole_epochs(state)
     def __len__(self): return self.rows
     def __iter__(self): return iter(epoch_order(self.rows, self.epoch, self.seed, self.lengths, self.together))
 
@@ -976,7 +1000,7 @@ def run_training(
     deadline:float|None=None, # pause before `time.monotonic()` says so; none: after `max_hours`
 )->TrainOutcome: # `paused`: call `pause_stage(params, outcome.why)`
     "Train, from the last whole checkpoint where there is one. Raises `DistillError` where that is not to be had"
-    if "auto" in (params.micro_batch, params.gradient_checkpointing): params = decide_training(params, plan)
+    params = decide_training(params, plan)
     micro, changes = remembered(params)
     deadline = deadline_of(params.max_hours) if deadline is None else deadline
     while True:
